@@ -1,0 +1,50 @@
+# Two commands do everything on a bare machine (Python >= 3.10, pip, make):
+#   make demo    set up, train on real data, show what averaging gives
+#   make test    set up, run every test
+# `CONSTRAINTS=/dev/null make test` tests against whatever torch resolves to.
+
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+VENV := .venv
+RUN := $(VENV)/bin/python
+WORKERS ?= 2
+
+export PIP_CONSTRAINT := $(abspath $(CONSTRAINTS))
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint types docs wheel format clean
+
+demo: $(VENV)/.ready
+	$(RUN) examples/teacher_student.py
+	$(RUN) examples/digits.py
+
+test: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS)
+
+lint: $(VENV)/.ready
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+
+types: $(VENV)/.ready
+	$(RUN) -m mypy
+
+docs: $(VENV)/.ready
+	$(RUN) -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+# The wheel is built, installed into an environment of its own and tried from another folder.
+wheel: $(VENV)/.ready
+	$(RUN) tests/wheel.py
+
+format: $(VENV)/.ready
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist out docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# The environment is made once; it is made again only when what it is made from changes.
+$(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade "pip>=25.1"
+	$(RUN) -m pip install --quiet --editable . --group dev
+	touch $@
