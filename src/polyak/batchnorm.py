@@ -17,6 +17,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
+__all__ = [
+    "Statistics",
+    "reestimate",
+]
+
 
 class Statistics(NamedTuple):
     """What a layer normalizes with, per channel: shape `(num_features,)`, at least float32.
@@ -33,7 +38,7 @@ class Statistics(NamedTuple):
 def reestimate(
     model: nn.Module, batches: Iterable[Any], limit: int | None = None
 ) -> dict[nn.Module, Statistics]:
-    """Returns the statistics of each layer's input, over all batches as if they were one.
+    """Return the statistics of each layer's input, over all batches as if they were one.
 
     Over the n values x of a channel, mean = sum x / n and var = sum (x - mean)^2 / (n - 1). So a
     smaller last batch counts for less, and each call of a layer that is called repeatedly counts.
@@ -190,18 +195,18 @@ def _eager() -> AbstractContextManager[object]:
 
 
 def _taken(buffer: Tensor | None) -> Tensor:
-    """Returns a copy, as the next forward overwrites the buffer; float64 is not on every device."""
+    """Return a copy, as the next forward overwrites the buffer; float64 is not on every device."""
     return cast("Tensor", buffer).to("cpu", copy=True).double()
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Returns what a layer was called with, by position or by name."""
+    """Return what a layer was called with, by position or by name."""
     first: Tensor = next(itertools.chain(args, kwargs.values()))
     return first
 
 
 def _arguments(batch: object, device: torch.device) -> tuple[list[Tensor], dict[str, Any]]:
-    """Returns what to call the model with, by position and by name."""
+    """Return what to call the model with, by position and by name."""
     match batch:
         case Tensor():
             return [batch.to(device)], {}

@@ -30,6 +30,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+__all__ = [
+    "Lazy",
+    "atomic",
+    "read",
+    "read_facts",
+    "verify",
+    "write",
+]
+
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 StrPath: TypeAlias = "str | os.PathLike[str]"
 
@@ -51,7 +60,7 @@ class Lazy(NamedTuple):
 def write(
     path: StrPath, tensors: Mapping[str, Tensor | Lazy], facts: Mapping[str, JSON] | None = None
 ) -> None:
-    """Writes tensors and facts to one safetensors file, atomically and durably.
+    """Write tensors and facts to one safetensors file, atomically and durably.
 
     Equal input gives equal bytes. A tensor under several names is written under each of them.
     Of a tensor on an accelerator at most 16 MiB are in host memory at any moment. After any error
@@ -90,7 +99,7 @@ def write(
 
 
 def read(path: StrPath) -> dict[str, Tensor]:
-    """Reads all tensors of a safetensors file, polyak's or another's, into host memory.
+    """Read all tensors of a safetensors file, polyak's or another's, into host memory.
 
     The bytes of the tensors are not compared with their checksums: `verify` does that.
 
@@ -114,7 +123,7 @@ def read(path: StrPath) -> dict[str, Tensor]:
 
 
 def read_facts(path: StrPath) -> dict[str, Any]:
-    """Reads the facts that `write` stored, from the header alone.
+    """Read the facts that `write` stored, from the header alone.
 
     >>> import tempfile
     >>> import torch
@@ -137,7 +146,7 @@ def read_facts(path: StrPath) -> dict[str, Any]:
 
 
 def verify(path: StrPath) -> list[str]:
-    """Returns the names of the tensors whose bytes are not the ones that were written.
+    """Return the names of the tensors whose bytes are not the ones that were written.
 
     safetensors notices a file that was cut short, but not a flipped bit. So `write` stores the
     CRC-32 of each tensor and of the header.
@@ -176,7 +185,7 @@ def verify(path: StrPath) -> list[str]:
 
 @contextmanager
 def atomic(path: StrPath) -> Iterator[BinaryIO]:
-    """Opens a new file that takes the place of `path` when the block ends without an exception.
+    """Open a new file that takes the place of `path` when the block ends without an exception.
 
     Until then the bytes are in a temporary file in the same folder. It is synced to the disk before
     it is renamed, and removed on any exception. What a killed process leaves is removed by the next
@@ -255,7 +264,7 @@ _LONGEST_HEADER_BYTES = 100_000_000  # safetensors refuses longer ones
 def _header(
     promised: Mapping[str, Lazy], facts: Mapping[str, JSON], checksums: Mapping[str, int]
 ) -> bytes:
-    """Returns all that precedes the data. Its length does not depend on the checksums."""
+    """Return all that precedes the data. Its length does not depend on the checksums."""
     sums = {name: f"{checksum:08x}" for name, checksum in checksums.items()}
     sheet = {"crc32": {"header": _BLANK.decode(), "tensors": sums}, "facts": facts}
     head: dict[str, Any] = {"__metadata__": {"polyak": _compact(sheet), "format": "pt"}}
@@ -280,7 +289,7 @@ def _header(
 
 
 def _seal(header: bytearray) -> bytes:
-    """Returns the checksum of a header, taken while the checksum's own place is blank."""
+    """Return the checksum of a header, taken while the checksum's own place is blank."""
     blank = header.copy()
     blank[_SEAL] = _BLANK
     return b"%08x" % zlib.crc32(blank)
@@ -292,7 +301,7 @@ def _compact(value: object) -> str:
 
 @contextmanager
 def _opened(path: StrPath) -> Iterator[tuple[Any, dict[str, Any] | None]]:
-    """Yields a whole safetensors file, and its fact sheet if polyak wrote it."""
+    """Yield a whole safetensors file, and its fact sheet if polyak wrote it."""
     if Path(path).is_dir():
         raise IsADirectoryError(
             f"cannot read {os.fspath(path)!r}: it is a folder. Pass the path of a file in it."
@@ -339,7 +348,7 @@ def _sheet_of(path: StrPath) -> dict[str, Any]:
 
 
 def _checked(tensors: Mapping[str, Tensor | Lazy]) -> dict[str, Lazy]:
-    """Returns the tensors in the file's order: wide dtypes first, so that each one is aligned."""
+    """Return the tensors in the file's order: wide dtypes first, so that each one is aligned."""
     reasons = {name: _name_fault(name) or _fault(value) for name, value in tensors.items()}
     faults = [f"{name!r} ({reason})" for name, reason in reasons.items() if reason]
     if faults:
@@ -421,7 +430,7 @@ _SLICE_BYTES = 16 << 20
 
 
 def _copy(file: BinaryIO, name: str, lazy: Lazy) -> int:
-    """Writes one tensor and returns its checksum. On return the tensor is let go."""
+    """Write one tensor and returns its checksum. On return the tensor is let go."""
     tensor = lazy.read()
     fault = _fault(tensor)
     if not fault and (tensor.dtype, tuple(tensor.shape)) != (lazy.dtype, tuple(lazy.shape)):
@@ -440,7 +449,7 @@ def _copy(file: BinaryIO, name: str, lazy: Lazy) -> int:
 
 
 def _slices(tensor: Tensor) -> Iterator[memoryview]:
-    """Yields a tensor's bytes in row-major order. A view is valid until the next is asked for."""
+    """Yield a tensor's bytes in row-major order. A view is valid until the next is asked for."""
     dense = tensor.detach().resolve_conj().resolve_neg().contiguous()
     for part in torch.split(dense.view(-1).view(torch.uint8), _SLICE_BYTES):
         near = part.cpu()
@@ -466,7 +475,7 @@ def _temporary_name() -> str:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Removes what killed writers left. What may not be seen or removed does not stop a writer."""
+    """Remove what killed writers left. What may not be seen or removed does not stop a writer."""
     mine = re.compile(rf"\.polyak-{re.escape(_home())}-(\d+)-(\d+)-\d+\.tmp")
     with suppress(OSError):
         for path in folder.iterdir():
@@ -476,7 +485,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _home() -> str:
-    """Names the processes that can be seen from here: the host and, on Linux, the pid namespace."""
+    """Name the processes that can be seen from here: the host and, on Linux, the pid namespace."""
     try:
         return f"{platform.node()}-{Path('/proc/self/ns/pid').stat().st_ino}"
     except OSError:
@@ -496,7 +505,7 @@ def _is_dead(pid: int, started: int) -> bool:
 
 
 def _started(pid: int) -> int:
-    """Returns when a process began, in ticks since boot; -1 for a zombie, 0 if it is not told."""
+    """Return when a process began, in ticks since boot; -1 for a zombie, 0 if it is not told."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,0 +1,1143 @@
+"""EMA: the one object with state. It reads a model while it trains and keeps an average beside it.
+
+Everything here is bookkeeping: which tensors, at which clock, by which decay. The arithmetic is in
+``engine``, the names in ``selection``, the numbers in ``decay`` and ``profile``. Nothing here
+touches training: the model is read, and written only inside ``applied`` and by ``copy_to``.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import itertools
+import json
+import math
+import operator
+import os
+import sys
+import uuid
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from types import FrameType, MappingProxyType
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from polyak import batchnorm, engine, files
+from polyak.attach import Attachment
+from polyak.decay import Constant, Decay, DecayLike, PowerLaw, as_decay, from_spec, to_spec
+from polyak.profile import History, Moments
+from polyak.report import Report
+from polyak.selection import (
+    Policy,
+    Slot,
+    Tree,
+    View,
+    describe,
+    everything,
+    is_floating,
+    listed,
+    trainable,
+    unwrap,
+)
+from polyak.swap import Aside, uninterrupted
+
+__all__ = ["EMA", "update_"]
+
+FORMAT = 1  # of the state and of the facts in a file; a reader refuses what is newer
+_SHARE = 0.10  # of the first state in the average, from where on `applied` warns
+_DEAD_ZONE = 1e-3  # relative, from where on `report` warns
+
+# One id for all averages of a model in this process: they share the states that they have seen.
+_runs: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+# The averages that some model holds at this moment, in place of its trained weights.
+_applied: list[EMA] = []
+
+
+class EMA:
+    """An average of the weights of a model, kept while the model trains.
+
+    ``average <- keep * average + (1 - keep) * weights``, with ``keep`` from the decay.
+
+    >>> from torch import nn; from polyak import EMA, HalfLife
+    >>> model = nn.Linear(2, 1)
+    >>> ema = EMA(model, HalfLife(100))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> handle = ema.attach(optimizer)            # updates after each optimizer step
+    >>> model(torch.ones(1, 2)).sum().backward()
+    >>> optimizer.step()
+    >>> with ema.applied():                       # the model holds the averages in here
+    ...     prediction = model(torch.ones(1, 2))
+    >>> ema.clock
+    1
+
+    Args:
+        model: what to average; wrappers (DDP, ``torch.compile``, activation checkpoints) are seen
+            through. It may be built before the model is moved, loaded or sharded: nothing is read
+            before the first update.
+        decay: how much of the average survives a tick, see `polyak.decay`; a float is
+            `Constant`. By default ``PowerLaw(0.10)``: a mean age of 11 % of the run so far.
+        policy: ``policy(name, tensor, module)`` says of each tensor whether to ``"average"`` it,
+            let it ``"follow"`` the model, or ``"leave"`` it alone. By default `trainable`, with
+            ``into`` `everything`.
+        into: a module of the same names (a teacher) whose own tensors hold the averages. They start
+            from its values, so that a decay must be given, and one that keeps nothing at the first
+            tick (Debiased, PowerLaw, Uniform, After) overwrites these. The teacher is put into eval
+            mode and out of autograd, once.
+        dtype: the least dtype of the averages, ``torch.float32`` (default) or ``torch.float64``.
+        device: ``None``: beside each parameter.
+
+    Raises:
+        ValueError: the policy averages nothing; teacher and student do not match; the dtype is too
+            narrow; a decay is missing or out of range.
+        TypeError: an argument is of another kind.
+
+    Source: Polyak and Juditsky 1992 (averaging); Tarvainen and Valpola 2017, arXiv 1703.01780
+    (teachers); Karras et al. 2024, arXiv 2312.02696 (power-law averages).
+    """
+
+    # What reset() forgets; see _start_over.
+    _averages: dict[str, Tensor]
+    _dtypes: dict[str, torch.dtype]  # of the model's tensors, when first seen
+    _statistics: dict[str, Tensor]  # re-estimated, until the next update
+    _underneath: list[tuple[Tensor, Tensor]]  # what these hide in the teacher
+    _apart: set[str]  # averages that a teacher is too narrow to hold
+    _view: View | None
+    _plan: engine.Plan | None  # the update
+    _through: engine.Plan  # these averages -> the teacher
+    _follow: engine.Plan  # model -> what follows it in the teacher
+    _history: History | None
+    _moments: Moments
+    _clock: int
+    _pending: int  # ticks of optimizer steps that no update has seen yet
+    _updates: int
+    _repeats: int
+    _weight: float  # of the newest state, in the last update
+    _nonfinite: int
+    _nonfinite_told: int
+    _repeats_told: bool
+    _dominance_told: bool
+
+    def __init__(
+        self,
+        model: nn.Module,
+        decay: DecayLike | float | None = None,
+        *,
+        policy: Policy | None = None,
+        into: nn.Module | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if into is not None and decay is None:
+            raise ValueError(
+                "into= starts from the teacher's own values, so how fast they fade is yours to "
+                "say: pass a decay, for example EMA(student, 0.996, into=teacher)"
+            )
+        self._model = unwrap(model)
+        self._teacher = None if into is None else unwrap(into)
+        self._decay: Decay = PowerLaw(0.10) if decay is None else as_decay(decay)
+        self._policy = policy or (trainable if into is None else everything)
+        self._floor = _checked_floor(dtype)
+        self._run = _run_of(self._model)
+        self._attachments: list[Attachment] = []
+        self._aside: Aside | None = None
+        view = self._walk()
+        _refuse_nothing(view, self._policy)
+        _refuse_device(device, view)
+        self._start_over()
+        if self._teacher is not None:
+            self._start_from_teacher(view)
+            self._teacher.requires_grad_(False)
+            self._teacher.eval()
+
+    # -------------------------------------------------------------- the clock and the update
+
+    @property
+    def clock(self) -> int:
+        """How far the average has come, in what the user counts: steps, images, tokens."""
+        return self._clock
+
+    @property
+    def decay(self) -> DecayLike:
+        """The decay in use."""
+        return self._decay
+
+    @property
+    def history(self) -> History | None:
+        """A copy of which states it has seen, for `polyak.profile`; None before the first."""
+        return copy.deepcopy(self._history)
+
+    def update(self, t: int | None = None) -> None:
+        """Let the average see the weights as they are now.
+
+        Without ``into`` the first update copies them, whatever the decay. An element that is not
+        finite keeps its average. All averages are updated or none.
+
+        Args:
+            t: the clock now; by default one more than before. The same clock again does nothing.
+
+        Raises:
+            TypeError: ``t`` is no integer.
+            ValueError: ``t`` is behind the clock; the model's tensors are not what they were; the
+                first weights ever seen are not finite.
+            RuntimeError: it is attached to an optimizer and ``t`` is missing, the model holds
+                averages at the moment, or a CUDA graph is being captured.
+        """
+        if t is None and any(attachment.active for attachment in self._attachments):
+            raise RuntimeError(
+                "this EMA is attached to an optimizer and updates after each of its steps; a bare "
+                "update() would tick twice per step and halve the horizon. Delete the call, or "
+                "remove() the handle that attach returned"
+            )
+        self._update(self._clock + 1 if t is None else _checked_clock(t))
+
+    def attach(
+        self, optimizer: torch.optim.Optimizer, *, every: int = 1, tick: int = 1
+    ) -> Attachment:
+        """Update after each real step of the optimizer, whatever calls it.
+
+        Right under gradient accumulation; steps that a GradScaler skips are not counted. With
+        several optimizers, attach to the one that steps last.
+
+        Args:
+            optimizer: a ``torch.optim.Optimizer``.
+            every: update after every so many steps, with a tick of ``every * tick``: the same
+                horizon for a fraction of the cost.
+            tick: how far the clock moves with a step, for example the images of a batch.
+
+        Returns:
+            A handle; ``handle.remove()`` detaches.
+
+        Raises:
+            TypeError: it is no ``torch.optim.Optimizer``, or ``every`` or ``tick`` no integer.
+            ValueError: it is attached already, ``every`` or ``tick`` is not positive, or the
+                optimizer would train the teacher.
+        """
+        every, tick = _positive("every", every), _positive("tick", tick)
+
+        def after() -> None:
+            self._pending += tick
+            if self._pending >= every * tick:
+                self._update(self._clock + self._pending)
+                self._pending = 0
+
+        attachment = Attachment(
+            optimizer, before=partial(self._refuse_applied, "step the optimizer"), after=after
+        )
+        wrong = None
+        if any(a.active and a.optimizer is optimizer for a in self._attachments):
+            wrong = "this optimizer is attached already: it would tick twice per step"
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if self._teacher and any(id(p) in trained for p in self._teacher.parameters()):
+            wrong = (
+                "this optimizer trains parameters of the teacher, which then would be no average; "
+                "build it from the student's parameters only"
+            )
+        if wrong:
+            attachment.remove()
+            raise ValueError(wrong)
+        self._attachments = [a for a in self._attachments if a.active] + [attachment]
+        return attachment
+
+    def reset(self) -> None:
+        """Forget everything seen: the clock is 0, and the next update copies the weights.
+
+        With ``into`` the next update starts from what the teacher holds then.
+        """
+        self._refuse_applied("reset")
+        view = self._walk()
+        self._start_over()
+        if self._teacher is not None:
+            self._start_from_teacher(view)
+
+    # -------------------------------------------------------------- reading the averages
+
+    @property
+    def averages(self) -> Mapping[str, Tensor]:
+        """Name -> average, read-only: the tensors themselves, outside of autograd.
+
+        Before the first update the average is the model, and these are the model's own tensors.
+        """
+        if self._averages:
+            return MappingProxyType(self._averages)
+        view = self._walk()
+        return MappingProxyType({n: _trained(s.tensor) for n, s in _averaged(view).items()})
+
+    @contextmanager
+    def applied(self) -> Iterator[Mapping[str, Tensor]]:
+        """Let the model hold the averages inside the block, and its trained weights after it.
+
+        The same tensors are written in place, so that it is safe with DDP, FSDP2, ``torch.compile``
+        and tied weights. Weights and buffers come back bit for bit, whatever happens in the block.
+        On the same EMA it may be nested.
+
+        Yields:
+            The state dict of the trained model, for whoever must save it inside.
+
+        Raises:
+            RuntimeError: another EMA of this model is applied, or inductor has frozen weights; on
+                leaving, a parameter or a module was replaced inside (after all is back).
+            ValueError: the model's tensors are not what they were; all differences are listed.
+        """
+        if self._aside is not None:
+            yield MappingProxyType(self._aside.state_dict())
+            return
+        self._refuse_applied("apply the averages")
+        _refuse_freezing()
+        view = self._look()
+        self._warn_of_dominance(stacklevel=5)
+        self._warn_of_nonfinite()
+        values = self._values(view)
+        slots = [slot for slot in view.tree.slots if slot.name in values]
+        with _writing():
+            plan = engine.Plan([s.tensor for s in slots], [values[s.name] for s in slots])
+            aside = Aside(view.tree, slots)
+        changed: list[str] = []
+        try:
+            self._aside = aside
+            _applied.append(self)
+            with _writing():
+                engine.copy(plan)
+            yield MappingProxyType(aside.state_dict())
+        finally:
+            with uninterrupted(), _writing():
+                try:
+                    changed = aside.restore()
+                finally:
+                    self._aside = None
+                    _applied[:] = [ema for ema in _applied if ema is not self]
+            if changed:
+                raise RuntimeError(
+                    "the model was changed inside applied(); its weights and modules are back as "
+                    f"they were, what was put in their place is not kept:{listed(changed)}\n"
+                    "make such changes outside of the block"
+                )
+
+    def model_state_dict(self) -> dict[str, Any]:
+        """Return copies of the averaged model, with the keys of its ``state_dict()``.
+
+        In the model's dtypes; what is not averaged is the model's own. A plain model loads it with
+        ``load_state_dict(..., strict=True)``.
+        """
+        view = self._look()
+        extra = {key: module.get_extra_state() for key, module in view.tree.extra.items()}
+        with _writing():
+            copies = {
+                key: value.to(view.tree.by_name[key].tensor.dtype, copy=True)
+                for key, value in self._exported(view).items()
+            }
+        return {key: extra[key] if key in extra else copies[key] for key in view.tree.keys}
+
+    def copy_to(self, module: nn.Module) -> None:
+        """Write the averaged model into a module of the same names, the model itself included.
+
+        Raises:
+            ValueError: names or shapes differ; all differences are listed and nothing is written.
+            RuntimeError: the model holds averages at the moment.
+        """
+        exported = self._exported(self._look())
+        engine.reshard(list(module.modules()))
+        target = Tree(module)
+        _refuse_applied("copy into the model", {id(slot.tensor) for slot in target.slots})
+        slots = {key: target.by_name[key] for key in target.keys if key in target.by_name}
+        wrong = [f"{key}: not in the module" for key in exported if key not in slots]
+        wrong += [f"{key}: only in the module" for key in slots if key not in exported]
+        wrong += [
+            f"{key}: {tuple(value.shape)} here, {tuple(slots[key].tensor.shape)} in the module"
+            for key, value in exported.items()
+            if key in slots and slots[key].tensor.shape != value.shape
+        ]
+        if wrong:
+            raise ValueError(f"the averages do not fit {type(module).__name__}:{listed(wrong)}")
+        with _writing():
+            targets = [slots[key].tensor for key in exported]
+            engine.copy(engine.Plan(targets, list(exported.values())))
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        averages_only: bool = False,
+    ) -> None:
+        """Write the averaged model as one safetensors file, under the model's own names.
+
+        Any loader reads it as weights. The metadata says what it is: clock, decay, history, which
+        tensors are averages, checksums. Atomic: a run that is killed leaves the old file or the new
+        one. It is right inside ``applied`` too.
+
+        Args:
+            path: the file; its folder must exist.
+            dtype: of all floating tensors; by default the model's own, with ``averages_only``
+                that of the averages.
+            averages_only: leave out what merely follows the model (LoRA: adapters only).
+
+        Raises:
+            ValueError: a tensor is sharded, or the model's tensors are not what they were.
+            OSError: the file cannot be written; an older one of that name is untouched.
+        """
+        view = self._look()
+        exported = self._exported(view)
+        sharded = [key for key, value in exported.items() if engine.is_sharded(value)]
+        if sharded:
+            raise ValueError(
+                f"{len(sharded)} tensors are spread over processes, {sharded[0]} the first; write "
+                "the state instead: torch.distributed.checkpoint.save({'ema': ema}, "
+                "checkpoint_id=folder)"
+            )
+        if self._history is None:
+            warnings.warn(
+                "this EMA has made no update, so that what is saved is the model itself; call "
+                "update() after each optimizer step, or attach(optimizer) once",
+                stacklevel=2,
+            )
+        self._warn_of_dominance(stacklevel=3)
+        self._warn_of_nonfinite()
+        names = set(self._averages or view.average)
+        averaged = [key for key in exported if view.name(key) in names]
+        tensors = {}
+        for key in averaged if averages_only else exported:
+            own = None if averages_only else view.tree.by_name[key].tensor.dtype
+            tensors[key] = _lazy(exported[key], dtype or own)
+        facts = {
+            "producer": f"polyak {importlib.metadata.version('polyak')}",
+            "averaged": averaged,
+            "reestimated": sorted(self._statistics),
+        }
+        files.write(path, tensors, self._facts() | facts)
+
+    def reestimate_statistics(self, batches: Iterable[Any], limit: int | None = None) -> None:
+        """Re-estimate the BatchNorm statistics of the averaged weights, by running it over data.
+
+        They belong to the average until its next update: ``applied``, ``save`` and
+        ``model_state_dict`` use them. The trained model's own stay as they are.
+
+        Args:
+            batches: tensors, tuples whose first entry is the input, or dicts of keyword arguments.
+            limit: the number of batches to use; by default all.
+
+        Raises:
+            ValueError: there is no batch, or a layer gets statistics that are not finite.
+        """
+        if self._teacher is None:
+            with self.applied():
+                found = batchnorm.reestimate(self._model, batches, limit)
+            tree = Tree(self._model)
+            self._statistics = _by_name(tree, found)
+            if self._aside is not None:  # called inside of applied(): the model holds them at once
+                with _writing():
+                    for name, value in self._statistics.items():
+                        tree.by_name[name].tensor.copy_(value)
+            return
+        self._look()
+        tree = Tree(self._teacher)
+        statistics = _by_name(tree, batchnorm.reestimate(self._teacher, batches, limit))
+        with _writing():
+            self._forget_statistics()
+            for name, value in statistics.items():
+                tensor = tree.by_name[name].tensor
+                self._underneath.append((tensor, tensor.clone()))
+                tensor.copy_(value)
+            self._statistics = statistics
+
+    # -------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state: ``{"averages": {name: tensor}, "facts": JSON string}``.
+
+        Plain types only, for ``torch.load(weights_only=True)`` and torch.distributed.checkpoint.
+        Like ``nn.Module.state_dict`` it does not copy; before the first update the tensors are
+        copies of the weights. Re-estimated statistics are not in it: they end with the next update.
+        """
+        view = self._look()
+        self._warn_of_nonfinite()
+        averages = self._averages or self._copied(_averaged(view))
+        if _loading_in_place():
+            averages = {name: torch.empty_like(average) for name, average in averages.items()}
+        return {"averages": dict(averages), "facts": json.dumps(self._facts())}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state that ``state_dict`` gave, before or after the model's own is loaded.
+
+        Everything is checked before anything is written. The decay stays the one that this EMA was
+        built with; if another one is recorded, a warning names both.
+
+        Raises:
+            ValueError: the state is of something else, of a newer format, of another model, or not
+                finite; all differences are listed, and nothing has changed.
+            RuntimeError: the averages are applied at the moment.
+        """
+        self._refuse_applied("load a state")
+        facts = _checked_facts(state)
+        history = None if facts["history"] is None else History.from_dict(facts["history"])
+        view = self._look()
+        slots = {n: _found(view, n) for n in self._averages} or _averaged(view)
+        averages: Mapping[str, Tensor] = state["averages"]
+        _refuse_other_model(averages, slots)
+        if facts["decay"] != to_spec(self._decay):
+            warnings.warn(
+                f"the state was made with {_spelled(facts['decay'])}, this EMA was built with "
+                f"{self._decay!r}, which is used from now on; to continue as before, build it with "
+                "the recorded one",
+                stacklevel=2,
+            )
+        if history is None:
+            self.reset()
+        else:
+            self._take(slots, averages)
+            self._drop_plan()
+            self._history, self._moments = history, Moments(**facts["moments"])
+            self._run = _runs[self._model] = history.run
+            self._weight = 1.0 - self._decay.keep(facts["clock"], 1) if facts["clock"] else 1.0
+        self._clock, self._pending = facts["clock"], facts["pending"]
+        self._updates, self._repeats = facts["updates"], facts["repeats"]
+        self._nonfinite = self._nonfinite_told = facts["nonfinite"]
+
+    def report(self) -> Report:
+        """Say how the average stands: its horizon, its distance to the weights, what it skipped.
+
+        Nothing is communicated: on sharded models the numbers are of this process's shards.
+
+        >>> from torch import nn; from polyak import EMA
+        >>> ema = EMA(nn.Linear(2, 1))
+        >>> ema.update()
+        >>> ema.report().largest_share
+        1.0
+        """
+        view = self._look()
+        weights = [_trained(_found(view, name).tensor) for name in self._averages]
+        with _writing():
+            difference, norm = engine.distance(list(self._averages.values()), weights)
+        self._warn_of_nonfinite()
+        report = Report(
+            decay=repr(self._decay),
+            clock=self._clock,
+            updates=self._updates,
+            repeats=self._repeats,
+            tensors=len(self._averages),
+            bytes=sum(engine.local(average).nbytes for average in self._averages.values()),
+            mean_age=self._moments.mean_age,
+            deviation=self._moments.deviation,
+            effective_samples=self._moments.effective_samples,
+            largest_share=self._moments.largest_share,
+            distance=(difference / (norm or 1.0)) ** 0.5,
+            nonfinite=self._count_nonfinite(),
+            dead_zone=self._dead_zone(),
+            paths=tuple(self._current_plan().paths) if self._averages else (),
+        )
+        if _DEAD_ZONE < report.dead_zone < math.inf:
+            warnings.warn(
+                f"a relative change of the weights below {report.dead_zone:.1e} no longer moves "
+                "the averages: it is less than their dtype can hold of one update. Update every "
+                "k-th step (attach(optimizer, every=k)), or build with dtype=torch.float64",
+                stacklevel=2,
+            )
+        return report
+
+    def __repr__(self) -> str:
+        seen = f"{len(self._averages)} averages" if self._averages else "no update yet"
+        return f"EMA({type(self._model).__name__}, {self._decay!r}, clock={self._clock}, {seen})"
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        raise TypeError(_NO_COPY)
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(_NO_COPY)
+
+    # -------------------------------------------------------------- the update, inside
+
+    def _update(self, clock: int) -> None:
+        if clock < self._clock:
+            raise ValueError(
+                f"the clock stands at {self._clock} and cannot go back to {clock}; pass the number "
+                "of optimizer steps since the beginning of the run, or reset() to start over"
+            )
+        self._refuse_applied("update")
+        if self._history is None:
+            self._begin(clock)
+        elif clock == self._clock:
+            self._repeat()
+        else:
+            self._advance(self._history, clock)
+
+    def _begin(self, clock: int) -> None:
+        """See the weights for the first time: copy them."""
+        view = self._walk()
+        _refuse_nothing(view, self._policy)
+        averages = self._copied(_averaged(view))
+        with uninterrupted():
+            self._averages, self._clock, self._updates = averages, clock, 1
+            self._dtypes = {name: slot.tensor.dtype for name, slot in _averaged(view).items()}
+            self._history = History(self._run, clock)
+            self._moments.first()
+
+    def _advance(self, history: History, clock: int) -> None:
+        dt = clock - self._clock
+        keep = self._decay.keep(clock, dt)
+        with _writing():
+            plan = self._current_plan()
+            _refuse_capture(self._averages)
+            with uninterrupted():
+                if self._view is not None and self._view.teacher is not None:
+                    engine.reshard(self._view.teacher.modules)
+                self._forget_statistics()
+                engine.lerp(plan, 1.0 - keep)
+                engine.copy(self._through)
+                engine.copy(self._follow)
+                history.tick(self._decay, dt)
+                self._moments.tick(keep, dt)
+                self._clock, self._updates, self._weight = clock, self._updates + 1, 1.0 - keep
+
+    def _repeat(self) -> None:
+        self._repeats += 1
+        if self._repeats > max(self._updates, 1) and not self._repeats_told:
+            self._repeats_told = True
+            warnings.warn(
+                f"update(t) was called {self._repeats} times with t={self._clock}, where the clock "
+                f"stood already, and only {self._updates} updates moved it: an epoch was passed "
+                "for a step? Pass the number of optimizer steps, or no t at all",
+                stacklevel=4,
+            )
+
+    def _start_over(self) -> None:
+        self._averages = {}
+        self._dtypes = {}
+        self._statistics = {}
+        self._underneath = []
+        self._apart = set()
+        self._view = None
+        self._plan = None
+        self._through = self._follow = engine.Plan([], [])
+        self._history = None
+        self._moments = Moments()
+        self._clock = self._pending = self._updates = self._repeats = 0
+        self._nonfinite = self._nonfinite_told = 0
+        self._weight = 1.0
+        self._repeats_told = self._dominance_told = False
+
+    def _start_from_teacher(self, view: View) -> None:
+        """Let the averages live in the teacher: in its own tensors where they are wide enough."""
+        homes = {name: view.home(name) for name in view.average}
+        mine = {name: home for name, home in homes.items() if home is not None}
+        _refuse_no_data(mine)
+        _refuse_nonfinite({name: home.tensor for name, home in mine.items()})
+        for name, home in mine.items():
+            wide = torch.promote_types(home.tensor.dtype, _found(view, name).tensor.dtype)
+            dtype = engine.average_dtype(wide, self._floor)
+            self._averages[name] = home.tensor.detach().to(dtype)  # itself, if it is wide enough
+            if home.tensor.dtype != dtype:
+                self._apart.add(name)
+        self._history = History(self._run, 0, inherited=True)
+        self._moments.first()
+
+    def _copied(self, slots: Mapping[str, Slot]) -> dict[str, Tensor]:
+        """Return copies of the model's tensors in the dtype of averages."""
+        _refuse_no_data(slots)
+        tensors = {name: _trained(slot.tensor) for name, slot in slots.items()}
+        _refuse_nonfinite(tensors)
+        copies = {name: self._empty(tensor) for name, tensor in tensors.items()}
+        with _writing():
+            engine.copy(engine.Plan(list(copies.values()), list(tensors.values())))
+        return copies
+
+    def _take(self, slots: Mapping[str, Slot], averages: Mapping[str, Tensor]) -> None:
+        """Take over averages from a state: into the tensors that there are, or into new ones."""
+        mine = self._averages or {
+            name: torch.empty_like(averages[name]) if s.tensor.is_meta else self._empty(s.tensor)
+            for name, s in slots.items()
+        }
+        with _writing():
+            plan = engine.Plan(list(mine.values()), [averages[name] for name in mine])
+            with uninterrupted():
+                engine.copy(plan)
+                self._averages, self._statistics, self._underneath = mine, {}, []
+                if self._teacher is not None:
+                    self._current_plan()
+                    engine.copy(self._through)
+
+    def _empty(self, tensor: Tensor) -> Tensor:
+        return engine.empty_like(tensor, engine.average_dtype(tensor.dtype, self._floor))
+
+    def _forget_statistics(self) -> None:
+        for tensor, average in self._underneath:
+            tensor.copy_(average)
+        self._statistics, self._underneath = {}, []
+
+    # -------------------------------------------------------------- which tensors, inside
+
+    def _walk(self) -> View:
+        modules = [*self._model.modules(), *(self._teacher.modules() if self._teacher else ())]
+        engine.reshard(modules)
+        return View(self._model, self._teacher, self._policy)
+
+    def _look(self) -> View:
+        """Walk the model; refuse it if it is not the one that was averaged so far."""
+        view = self._walk()
+        if self._averages:
+            self._refuse_differences(view)
+            if self._view is None or not self._view.same(view):
+                self._drop_plan()
+            self._place(view)
+            self._view = view
+        return view
+
+    def _refuse_differences(self, view: View) -> None:
+        wrong = [f"{n}: new, or newly trainable" for n in view.average if n not in self._averages]
+        for name, average in self._averages.items():
+            slot = view.slot(name)
+            if slot is None:
+                wrong.append(f"{name}: no longer there")
+                continue
+            shape, dtype = tuple(slot.tensor.shape), slot.tensor.dtype
+            if shape != tuple(average.shape):
+                wrong.append(f"{name}: was {tuple(average.shape)}, is {shape}")
+            if dtype != self._dtypes.get(name, dtype):
+                wrong.append(f"{name}: was {self._dtypes[name]}, is {dtype}")
+            if self._teacher is None and slot.name != name:
+                wrong.append(f"{name}: is now tied to {slot.name}")
+        if wrong:
+            raise ValueError(
+                f"the model is not the one that was averaged so far:{listed(wrong)}\n"
+                "change the model before the first update, or call reset() to begin a new average"
+            )
+
+    def _place(self, view: View) -> None:
+        """Let the averages be where their tensors are now: in the teacher, or beside the model."""
+        for name, average in self._averages.items():
+            tensor, home = _found(view, name).tensor, view.home(name)
+            self._dtypes.setdefault(name, tensor.dtype)
+            if home is not None and home.tensor.dtype != average.dtype:
+                self._apart.add(name)
+            elif home is not None and name not in self._apart:
+                self._averages[name] = home.tensor.detach()
+            elif home is None and average.device != tensor.device and not tensor.is_meta:
+                self._averages[name] = average.to(tensor.device)
+
+    def _current_plan(self) -> engine.Plan:
+        """Return the plan of the update, made anew where tensors were replaced or moved."""
+        if self._plan is not None and self._view is not None:
+            if _intact(self._view) and self._plan.current():
+                return self._plan
+            self._drop_plan()
+        view = self._look()
+        if self._plan is None:
+            weights = [_found(view, name).tensor for name in self._averages]
+            self._plan = engine.Plan(list(self._averages.values()), weights)
+            homes = {name: home.tensor for name in self._apart if (home := view.home(name))}
+            self._through = engine.Plan(list(homes.values()), [self._averages[n] for n in homes])
+            self._follow = engine.Plan(
+                [mine.tensor for mine, _ in view.follow], [slot.tensor for _, slot in view.follow]
+            )
+        return self._plan
+
+    def _drop_plan(self) -> None:
+        if self._plan is not None:
+            self._nonfinite += self._plan.skipped()
+        self._plan = None
+
+    def _values(self, view: View) -> dict[str, Tensor]:
+        """Return what stands for the model's tensors in the averaged model, where not they."""
+        values = {}
+        for slot in view.tree.slots:
+            name, home = view.name(slot.name), view.home(slot.name)
+            if name in self._statistics:
+                values[slot.name] = self._statistics[name]
+            elif name in self._averages:
+                values[slot.name] = self._averages[name]
+            elif home and slot.persistent and home.tensor.shape == slot.tensor.shape:
+                values[slot.name] = home.tensor.detach()
+        return values
+
+    def _exported(self, view: View) -> dict[str, Tensor]:
+        """Return the averaged model under the keys of its state dict, nothing copied."""
+        values = self._values(view)
+        slots = {key: view.tree.by_name.get(key) for key in view.tree.keys}
+        return {
+            key: values[slot.name] if slot.name in values else _trained(slot.tensor)
+            for key, slot in slots.items()
+            if slot is not None
+        }
+
+    # -------------------------------------------------------------- facts and warnings, inside
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "clock": self._clock,
+            "pending": self._pending,
+            "updates": self._updates,
+            "repeats": self._repeats,
+            "nonfinite": self._count_nonfinite(),
+            "policy": describe(self._policy),
+            "decay": to_spec(self._decay),
+            "history": None if self._history is None else self._history.to_dict(),
+            "moments": asdict(self._moments),
+        }
+
+    def _count_nonfinite(self) -> int:
+        return self._nonfinite + (0 if self._plan is None else self._plan.skipped())
+
+    def _dead_zone(self) -> float:
+        """Relative change of a weight below which one update no longer moves its average."""
+        rounding = max((torch.finfo(a.dtype).eps / 2 for a in self._averages.values()), default=0.0)
+        return rounding / self._weight if self._weight else math.inf
+
+    def _refuse_applied(self, verb: str) -> None:
+        if _applied:
+            _refuse_applied(verb, self._tensors())
+
+    def _tensors(self) -> set[int]:
+        modules = [self._model] + ([self._teacher] if self._teacher is not None else [])
+        return {id(tensor) for module in modules for tensor in module.parameters()}
+
+    def _warn_of_nonfinite(self) -> None:
+        count = self._count_nonfinite()
+        if count > self._nonfinite_told:
+            self._nonfinite_told = count
+            warnings.warn(
+                f"{count} elements of the weights were not finite at an update and kept their "
+                "average, which is clean; the model may not be: copy_to(model) heals it",
+                stacklevel=3,
+            )
+
+    def _warn_of_dominance(self, stacklevel: int) -> None:
+        share = self._moments.first_share
+        if share < _SHARE or share * self._updates <= 2.0 or self._dominance_told:
+            return
+        self._dominance_told = True
+        warnings.warn(
+            f"after {self._updates} updates the first weights seen still are {share:.0%} of this "
+            "average: it began in the middle of a run, or its horizon is too long so far. "
+            "Debiased(decay) weighs all states alike at first, PowerLaw grows with the run, "
+            "After(start, decay) begins later",
+            stacklevel=stacklevel,
+        )
+
+
+def update_(teacher: nn.Module, student: nn.Module, decay: Constant | float = 0.5) -> None:
+    """Move a teacher towards a student: ``teacher <- decay * teacher + (1 - decay) * student``.
+
+    Over all entries of the state dict, by name; integer entries are copied. The teacher is put into
+    eval mode, the student only read. It keeps no state: for schedules, resuming and narrow teachers
+    there is ``EMA(student, decay, into=teacher)``.
+
+    >>> from torch import nn; import polyak
+    >>> teacher, student = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+    >>> _ = nn.init.ones_(teacher.weight), nn.init.constant_(student.weight, 2.0)
+    >>> polyak.update_(teacher, student, decay=0.5)
+    >>> teacher.weight.item(), student.weight.item()
+    (1.5, 2.0)
+
+    Args:
+        teacher: is written; its floating tensors are float32 or wider.
+        student: a module of the same names and shapes.
+        decay: the share of the teacher that is kept, 0 to 1.
+
+    Raises:
+        ValueError: names or shapes differ (all are listed), the decay is out of range, or the
+            teacher is too narrow to be moved.
+        TypeError: the decay needs a clock.
+    """
+    value = as_decay(decay)
+    if not isinstance(value, Constant):
+        raise TypeError(
+            f"update_ has no clock, which {value!r} needs; pass a float, or keep the state in "
+            "ema = EMA(student, decay, into=teacher)"
+        )
+    student, teacher = unwrap(student), unwrap(teacher)
+    engine.reshard([*student.modules(), *teacher.modules()])
+    view = View(student, teacher, everything)
+    pairs = [(view.home(name), view.slot(name)) for name in view.average]
+    narrow = [
+        f"{home.name}: {home.tensor.dtype}"
+        for home, _ in pairs
+        if home and home.tensor.dtype != engine.average_dtype(home.tensor.dtype)
+    ]
+    if narrow:
+        raise ValueError(
+            f"the teacher is too narrow to be moved by small steps:{listed(narrow)}\n"
+            "EMA(student, decay, into=teacher) keeps float32 averages and writes them through"
+        )
+    with _writing():
+        plans = [
+            engine.Plan([a.tensor for a, _ in pairs if a], [b.tensor for _, b in pairs if b]),
+            engine.Plan([a.tensor for a, _ in view.follow], [b.tensor for _, b in view.follow]),
+        ]
+        teacher.eval()
+        with uninterrupted():
+            engine.lerp(plans[0], 1.0 - value.decay)
+            engine.copy(plans[1])
+
+
+_get: Any = dict.get  # unbound: the fastest that `map` can call
+
+_FACTS = {
+    *("format", "clock", "pending", "updates", "repeats"),
+    *("nonfinite", "decay", "history", "moments"),
+}
+
+_models = itertools.count()  # numbers the models of this process, for `_run_of`
+
+
+def _run_of(model: nn.Module) -> str:
+    """Return the id of the model's run, on which all processes of a group agree."""
+    if model not in _runs:
+        run = uuid.uuid4().hex
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # Whoever comes first sets it in the group's store; nobody waits for anybody.
+            store = torch.distributed.distributed_c10d._get_default_store()
+            run = store.compare_set(f"polyak/run/{next(_models)}", "", run).decode()
+        _runs[model] = run
+    return _runs[model]
+
+
+_NO_COPY = (
+    "an EMA cannot be copied or pickled: it refers to the model that it averages. Save "
+    "ema.state_dict(), and load it into EMA(model, decay) of the other model"
+)
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    """Write tensors outside of autograd, and ordinary ones also within inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _loading_in_place() -> bool:
+    """Whether torch.distributed.checkpoint asks for tensors to read into.
+
+    It reads into what ``state_dict`` returns before it calls ``load_state_dict``. A read that fails
+    half-way must not leave half of its values in the averages.
+    """
+    if "torch.distributed.checkpoint.state_dict_loader" not in sys.modules:
+        return False
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict_loader":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _refuse_applied(verb: str, tensors: set[int]) -> None:
+    """Refuse while one of these tensors holds an average."""
+    for ema in _applied:
+        if ema._tensors() & tensors:
+            raise RuntimeError(
+                f"cannot {verb} now: inside applied() the model holds averages, those of {ema!r}, "
+                "not its trained weights; leave the block first"
+            )
+
+
+def _trained(tensor: Tensor) -> Tensor:
+    """Return what a tensor of a model holds in training, also while averages are applied."""
+    kept = (ema._aside.trained(tensor) for ema in _applied if ema._aside is not None)
+    return next((value for value in kept if value is not None), tensor.detach())
+
+
+def _averaged(view: View) -> dict[str, Slot]:
+    return {name: _found(view, name) for name in view.average}
+
+
+def _found(view: View, name: str) -> Slot:
+    slot = view.slot(name)
+    if slot is None:
+        raise KeyError(name)
+    return slot
+
+
+def _intact(view: View) -> bool:
+    """Whether the modules still lead to the tensors that the walk found."""
+    now = list(map(_get, view.owners, view.keys))
+    return all(map(operator.is_, now, view.values)) or all(
+        a is b or (isinstance(b, Tensor) and engine.unsharded(a, b))
+        for a, b in zip(now, view.values, strict=True)
+    )
+
+
+def _by_name(tree: Tree, found: Mapping[nn.Module, batchnorm.Statistics]) -> dict[str, Tensor]:
+    """Return name of the buffer -> statistic."""
+    of = {id(module._buffers): statistics for module, statistics in found.items()}
+    named = {}
+    for slot in tree.slots:
+        for owner, key, _ in slot.places:
+            if id(owner) in of and key in ("running_mean", "running_var"):
+                named[slot.name] = getattr(of[id(owner)], key.removeprefix("running_"))
+    return named
+
+
+def _lazy(tensor: Tensor, dtype: torch.dtype | None) -> files.Lazy:
+    if dtype is None or not is_floating(tensor):
+        dtype = tensor.dtype
+    elif tensor.is_complex():
+        dtype = dtype.to_complex()
+    return files.Lazy(dtype, tensor.shape, partial(tensor.to, dtype))
+
+
+def _checked_clock(t: object) -> int:
+    if isinstance(t, nn.Module):
+        raise TypeError(
+            f"update takes the clock, got a model ({type(t).__name__}): the EMA knows its model. "
+            "Call update() after each optimizer step, or update(step)"
+        )
+    return _integer("t", t)
+
+
+def _positive(name: str, value: object) -> int:
+    number = _integer(name, value)
+    if number < 1:
+        raise ValueError(f"{name} must be 1 or more, got {number}")
+    return number
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        if not isinstance(value, bool):
+            return int(operator.index(value))
+    except TypeError:
+        pass
+    raise TypeError(
+        f"{name} counts optimizer steps (or images, or tokens) and must be an integer, got "
+        f"{value!r} ({type(value).__name__})"
+    )
+
+
+def _checked_floor(dtype: torch.dtype | None) -> torch.dtype:
+    if dtype in (None, torch.float32):
+        return torch.float32
+    if dtype == torch.float64:
+        return torch.float64
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype!r}")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+    zone = torch.finfo(dtype).eps / 2 / 1e-3
+    raise ValueError(
+        f"averages in {dtype} would stand still: at decay 0.999 they ignore any relative change of "
+        f"the weights below {zone:.2g}, in float32 below 6e-05. Leave dtype out for float32"
+    )
+
+
+def _refuse_device(device: torch.device | str | None, view: View) -> None:
+    if device is None:
+        return
+    wanted, others = torch.device(device), {slot.tensor.device for slot in view.tree.slots}
+    if wanted not in others and wanted.index is None:
+        others = {torch.device(other.type) for other in others}
+    if others != {wanted}:
+        raise ValueError(
+            f"averages on {wanted} for a model on {', '.join(sorted(map(str, others)))} are not to "
+            "be had; leave device out, and each average is beside its parameter"
+        )
+
+
+def _refuse_nothing(view: View, policy: Policy) -> None:
+    if view.average:
+        return
+    slots = view.tree.slots
+    frozen = not any(slot.tensor.requires_grad for slot in slots)
+    why = " (all parameters are frozen, no running statistics)" if slots and frozen else ""
+    raise ValueError(
+        f"nothing to average: the policy {describe(policy)!r} averages none of the {len(slots)} "
+        f"tensors{why}. Unfreeze before building the EMA, or pass policy=everything"
+    )
+
+
+def _refuse_no_data(slots: Mapping[str, Slot]) -> None:
+    meta = [name for name, slot in slots.items() if slot.tensor.is_meta]
+    if meta:
+        raise ValueError(
+            f"{len(meta)} tensors are on the meta device and have no values to average:"
+            f"{listed(meta)}\nmaterialize the model and load its weights before the first update"
+        )
+
+
+def _refuse_nonfinite(tensors: Mapping[str, Tensor]) -> None:
+    names = list(tensors)
+    wrong = [names[i] for i in engine.nonfinite(list(tensors.values()))]
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} tensors to start an average from are not finite:{listed(wrong)}\n"
+            "start before the weights diverge; if a mask of infinities is among them, let the "
+            "policy say 'follow' for it"
+        )
+
+
+def _refuse_capture(averages: Mapping[str, Tensor]) -> None:
+    if any(a.is_cuda for a in averages.values()) and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "update() would be captured with the decay of this one step; call it after "
+            "graph.replay() instead"
+        )
+
+
+def _refuse_freezing() -> None:
+    config = sys.modules.get("torch._inductor.config")
+    if getattr(config, "freezing", False):
+        raise RuntimeError(
+            "torch._inductor.config.freezing is on: compiled code holds copies of the weights and "
+            "would not see the averages. Switch it off, or export with model_state_dict()"
+        )
+
+
+def _checked_facts(state: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(state, Mapping) or not {"averages", "facts"} <= set(state):
+        keys = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+        raise ValueError(
+            f"this is no state of a polyak EMA, which has 'averages' and 'facts'; got {keys}. A "
+            "model's own state dict goes to model.load_state_dict"
+        )
+    try:
+        facts: dict[str, Any] = json.loads(state["facts"])
+        newer = facts["format"] > FORMAT
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"the facts of this state cannot be read ({error!r}), so that it is damaged or not of "
+            f"polyak: {state['facts']!r:.80}; load another checkpoint"
+        ) from None
+    if newer:
+        raise ValueError(
+            f"the state has format {facts['format']}, this polyak reads up to {FORMAT}; install "
+            "the newer polyak that wrote it"
+        )
+    missing = _FACTS - set(facts)
+    if missing or not isinstance(state["averages"], Mapping):
+        raise ValueError(
+            f"the state is incomplete: {sorted(missing) or 'averages'} missing; load another "
+            "checkpoint"
+        )
+    return facts
+
+
+def _refuse_other_model(averages: Mapping[str, Tensor], slots: Mapping[str, Slot]) -> None:
+    wrong = [f"{name}: missing in the state" for name in slots if name not in averages]
+    wrong += [f"{name}: only in the state" for name in averages if name not in slots]
+    for name, slot in slots.items():
+        if name not in averages:
+            continue
+        average = averages[name]
+        if average.shape != slot.tensor.shape:
+            shapes = tuple(average.shape), tuple(slot.tensor.shape)
+            wrong.append(f"{name}: {shapes[0]} in the state, {shapes[1]} in the model")
+        elif average.dtype != engine.average_dtype(average.dtype):
+            wrong.append(f"{name}: {average.dtype} in the state, too narrow for an average")
+        elif engine.nonfinite([average]):
+            wrong.append(f"{name}: not finite")
+    if wrong:
+        raise ValueError(
+            f"the state does not fit this EMA, and nothing was loaded:{listed(wrong)}\n"
+            "build the model and the policy as they were when it was saved"
+        )
+
+
+def _spelled(spec: Any) -> str:
+    try:
+        return repr(from_spec(spec))
+    except ValueError:
+        return str(spec)

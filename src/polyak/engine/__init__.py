@@ -1,0 +1,250 @@
+"""TENSOR LISTS: the two verbs of averaging, ``lerp`` and ``copy``, over lists of tensors.
+
+Every averaging scheme is a choice of ``weight`` in one primitive,
+
+    target <- target + weight * (source - target),
+
+and a ``Plan`` is what makes it cheap: tensors are localized, grouped and cut into pieces once, then
+the verbs run blind. This package is the only place that knows dtypes, devices, DTensor, foreach and
+scratch memory. It knows no names, no modules, no clock and no decay.
+
+Paths, all within rounding of ``reference``: ``foreach`` (everything torch runs on).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from polyak.engine import foreach
+
+__all__ = [
+    "Plan",
+    "average_dtype",
+    "copy",
+    "distance",
+    "empty_like",
+    "lerp",
+    "local",
+    "nonfinite",
+    "reshard",
+    "unsharded",
+]
+
+
+class Path(Protocol):
+    """One way to run ``lerp`` over a group of local tensors: same device, same pair of dtypes.
+
+    ``targets[i]`` and ``sources[i]`` have the same shape; all are real, none is empty.
+    """
+
+    name: str
+    skipped: Tensor  # 0-dim int64 on the targets' device: elements that kept their value
+
+    def __init__(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None: ...
+
+    def lerp(self, weight: float | Tensor) -> None:
+        """Do it for every element whose result is finite; add the others to ``skipped``."""
+
+
+class Plan:
+    """Which tensors are written from which, made ready once.
+
+    Args:
+        targets: the tensors that are written. DTensors take part with their local shard.
+        sources: as many, of the same shapes; any floating dtype, also on another device.
+        path: the way to run ``lerp``; by default the fastest that runs on the targets.
+
+    Raises:
+        ValueError: a shape, a shard or a kind (real, complex) differs, or a tensor has no data.
+    """
+
+    def __init__(
+        self, targets: Sequence[Tensor], sources: Sequence[Tensor], path: type[Path] | None = None
+    ) -> None:
+        self._path = path or foreach.Foreach
+        self._watched = [*targets, *sources]
+        self._seen = [local(t) for t in self._watched]
+        pairs = zip(self._seen[: len(targets)], self._seen[len(targets) :], strict=True)
+        self._pairs = [_real(target, source) for target, source in pairs]
+        self._groups: list[Path] | None = None
+
+    def current(self) -> bool:
+        """Whether every tensor still has the storage, shape and strides it had in the beginning."""
+        try:
+            return all(map(Tensor.is_set_to, map(_shard, self._watched), self._seen))
+        except RuntimeError:  # moved to another device
+            return False
+
+    @property
+    def paths(self) -> list[str]:
+        """The paths that ``lerp`` takes, by name."""
+        return sorted({group.name for group in self._lerp_groups()})
+
+    def skipped(self) -> int:
+        """How many elements kept their value because the new one was not finite. Syncs."""
+        return sum(int(group.skipped.item()) for group in self._groups or ())
+
+    def _lerp_groups(self) -> list[Path]:
+        if self._groups is None:
+            self._groups = [self._path(*group) for group in self._grouped()]
+        return self._groups
+
+    def _grouped(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        groups: dict[object, tuple[list[Tensor], list[Tensor]]] = {}
+        for target, source in self._pairs:
+            if target.numel():
+                key = (target.device, target.dtype, source.device, source.dtype)
+                targets, sources = groups.setdefault(key, ([], []))
+                targets.append(target)
+                sources.append(source)
+        yield from groups.values()
+
+
+def lerp(plan: Plan, weight: float | Tensor) -> None:
+    """Move each target towards its source: ``target += weight * (source - target)``.
+
+    An element whose new value would not be finite keeps the old one and is counted. The lerp form
+    is torch's, whose fixed point is exact: where source and target are equal nothing changes.
+
+    Args:
+        plan: what to write from what.
+        weight: the share of the source, 0 to 1; a float or a 0-dim tensor on the targets' device.
+    """
+    for group in plan._lerp_groups():
+        group.lerp(weight)
+
+
+def copy(plan: Plan) -> None:
+    """Write each source into its target, cast to the target's dtype, finite or not."""
+    for targets, sources in plan._grouped():
+        torch._foreach_copy_(targets, sources)
+
+
+def average_dtype(dtype: torch.dtype, floor: torch.dtype = torch.float32) -> torch.dtype:
+    """Return the dtype in which a tensor of ``dtype`` is averaged: at least ``floor``.
+
+    >>> average_dtype(torch.bfloat16), average_dtype(torch.float64), average_dtype(torch.complex64)
+    (torch.float32, torch.float64, torch.complex64)
+    """
+    if dtype.is_complex:
+        floor = floor.to_complex()
+        return floor if dtype == torch.complex32 else torch.promote_types(dtype, floor)
+    return floor if dtype.itemsize < floor.itemsize else torch.promote_types(dtype, floor)
+
+
+def empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return an uninitialized tensor of that dtype; device, layout and sharding are kept."""
+    with torch.inference_mode(False):
+        tensor = tensor.detach()
+        if overlaps_itself(tensor):
+            return torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
+        return torch.empty_like(tensor, dtype=dtype)
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether elements share memory (an expanded tensor), so that it cannot be written in place."""
+    return 0 in (s for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1)
+
+
+def same(tensor: Tensor, seen: Tensor) -> bool:
+    """Whether ``tensor`` still has the storage, shape and strides that the view ``seen`` has."""
+    try:
+        return _shard(tensor).is_set_to(_shard(seen))
+    except RuntimeError:  # moved to another device
+        return False
+
+
+def nonfinite(tensors: Sequence[Tensor]) -> list[int]:
+    """Return the indices of the tensors whose local part has a NaN or an infinity. Syncs."""
+    return [i for i, t in enumerate(tensors) if not bool(torch.isfinite(local(t)).all())]
+
+
+def distance(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> tuple[float, float]:
+    """Return the sums of ``|target - source|^2`` and ``|source|^2`` over the local parts. Syncs.
+
+    Accumulated in float64, in slices, so that the memory it takes is bounded.
+    """
+    squares = [0.0, 0.0]
+    for target, source in zip(map(local, targets), map(local, sources), strict=True):
+        for t, s in foreach.pieces(*_real(target, source)):
+            wide = s.to(t.device, torch.float64)
+            squares[0] += float((t.double() - wide).square_().sum())
+            squares[1] += float(wide.square_().sum())
+    return squares[0], squares[1]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return a view of the part of ``tensor`` that this process holds, outside of autograd."""
+    with torch.no_grad():
+        return _shard(tensor).detach()
+
+
+def unsharded(now: object, known: Tensor) -> bool:
+    """Whether ``now`` is what FSDP2 registers in place of the shard ``known`` around a forward."""
+    return (
+        isinstance(now, Tensor)
+        and _is_dtensor(known)
+        and not _is_dtensor(now)
+        and now.shape == known.shape
+    )
+
+
+def reshard(modules: Sequence[torch.nn.Module]) -> None:
+    """Make every FSDP2 module among these hold its shards again, and register them.
+
+    After a forward without a backward the root stays unsharded: its registered parameters are full
+    copies, and what is written to them is lost.
+    """
+    fsdp = _loaded("torch.distributed.fsdp", "FSDPModule")
+    if fsdp is not None:
+        for module in modules:
+            if isinstance(module, fsdp):
+                cast("torch.distributed.fsdp.FSDPModule", module).reshard()
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether the tensor is spread over processes."""
+    return _is_dtensor(tensor)
+
+
+def _shard(tensor: Tensor) -> Tensor:
+    if _is_dtensor(tensor):
+        with torch.no_grad():
+            return cast("torch.distributed.tensor.DTensor", tensor).to_local()
+    return tensor
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    if type(tensor) in (Tensor, torch.nn.Parameter):
+        return False
+    dtensor = _loaded("torch.distributed.tensor", "DTensor")
+    return dtensor is not None and isinstance(tensor, dtensor)
+
+
+def _loaded(module: str, name: str) -> type | None:
+    """Return a class of a torch module that is slow to import, if somebody has imported it."""
+    return getattr(sys.modules.get(module), name, None)
+
+
+def _real(target: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
+    for tensor in (target, source):
+        if tensor.is_meta:
+            raise ValueError(
+                f"a tensor of shape {tuple(tensor.shape)} is on the meta device and has no data; "
+                "materialize it (module.to_empty(device=...), then load its values) first"
+            )
+    if target.shape != source.shape or target.is_complex() != source.is_complex():
+        raise ValueError(
+            f"cannot write {tuple(source.shape)} {source.dtype} into "
+            f"{tuple(target.shape)} {target.dtype}; the parts that this process holds must have "
+            "one shape (shard both in the same way) and be both real or both complex"
+        )
+    if target.is_complex():
+        wide = source if source.dtype != torch.complex32 else source.to(torch.complex64)
+        return torch.view_as_real(target), torch.view_as_real(wide)
+    return target, source

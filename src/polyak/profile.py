@@ -1,0 +1,592 @@
+"""Profiles: what a sequence of ticks under a decay means.
+
+Pure numbers, float64. An average is a weighted sum of the states it has seen; its *profile* is
+those weights. This file computes them from the ticks alone. It knows no models, files or devices.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyak.decay import Decay, DecayLike, Spec, as_decay, from_spec, to_spec
+
+__all__ = [
+    "History",
+    "Moments",
+    "gram",
+    "inner",
+    "moments",
+    "weights",
+]
+
+RUNS = 1024
+"""The runs of equal ticks that a history holds per decay before it merges old ones."""
+
+
+@dataclass
+class Moments:
+    """The summary of a profile, kept up to date in a handful of operations per tick.
+
+    For a tick of length dt that keeps k: mean <- k (mean + dt), variance <- k (variance +
+    (1-k) (mean + dt)^2), sum p^2 <- k^2 sum p^2 + (1-k)^2, largest <- max(k largest, 1 - k), first
+    <- k first.
+
+    >>> moments = Moments()
+    >>> moments.tick(0.5, 1)
+    >>> moments.mean_age, moments.largest_share, moments.effective_samples
+    (0.5, 0.5, 2.0)
+
+    Attributes:
+        mean_age: The mean age of the states, in units of the clock.
+        variance: The variance of their ages, in units of the clock squared.
+        concentration: The sum of the squared shares.
+        largest_share: The largest share of a single state.
+        first_share: The share of the state that the average began with.
+    """
+
+    mean_age: float = 0.0
+    variance: float = 0.0
+    concentration: float = 1.0
+    largest_share: float = 1.0
+    first_share: float = 1.0
+
+    def first(self) -> None:
+        """Start again: the average is exactly one state, of age 0."""
+        self.mean_age, self.variance = 0.0, 0.0
+        self.concentration = self.largest_share = self.first_share = 1.0
+
+    def tick(self, keep: float, dt: float) -> None:
+        """Account for one update.
+
+        Args:
+            keep: The share of the old average that survived, in [0, 1].
+            dt: The length of the tick, in units of the clock.
+        """
+        mixed = 1.0 - keep
+        age = self.mean_age + dt
+        self.mean_age = keep * age
+        # The variance itself, not the mean of squares: no cancellation, however old the average.
+        self.variance = keep * (self.variance + mixed * age * age)
+        self.concentration = keep * keep * self.concentration + mixed * mixed
+        largest = keep * self.largest_share
+        self.largest_share = largest if largest > mixed else mixed
+        self.first_share *= keep
+
+    @property
+    def deviation(self) -> float:
+        """The standard deviation of the ages of the states, in units of the clock."""
+        return math.sqrt(self.variance)
+
+    @property
+    def effective_samples(self) -> float:
+        """How many equally weighted states would average independent noise as well."""
+        return 1.0 / self.concentration
+
+
+@dataclass
+class _Segment:
+    """The ticks made under one decay. A run is [ticks, total length, shift], evenly spaced."""
+
+    spec: Spec
+    decay: Decay | None
+    runs: list[list[int]] = field(default_factory=list)
+
+
+class History:
+    """Which states an average has seen, and under which decays: run-length encoded ticks.
+
+    >>> history = History("a run", origin=100)
+    >>> for _ in range(1000):
+    ...     history.tick(as_decay(0.999), 1)
+    >>> history
+    History(run='a run', origin=100, clock=1100, ticks=1000)
+    >>> history.to_dict()["segments"]
+    [{'decay': {'type': 'Constant', 'decay': 0.999}, 'runs': [[1000, 1000, 0]]}]
+
+    Irregular ticks make many runs. Beyond `RUNS` of them, neighbors are merged into evenly spaced
+    runs, the coarser the older they are (about a 32nd of their age), so that the state stops
+    growing. Clock and number of ticks stay exact; no state's clock is off by more than `shift`.
+
+    Args:
+        run: The name of the training run. Averages share the states of a run by their clocks.
+        origin: The clock of the first state.
+        inherited: Whether the average began from values that are no state of the run, such as a
+            teacher's own. That start is shared with nothing but later histories of this average.
+
+    Raises:
+        ValueError: origin is negative.
+        TypeError: run is no string, or origin no integer.
+    """
+
+    def __init__(self, run: str, origin: int = 0, inherited: bool = False) -> None:
+        if type(run) is not str or type(origin) is not int:
+            raise TypeError(
+                f"a history is of a run (text) from a clock (integer), not of {run!r} from "
+                f'{origin!r}: write History("name of the run", 0)'
+            )
+        if origin < 0:
+            raise ValueError(f"a clock is never negative, got origin={origin}: write 0 or more")
+        self.run = run
+        self.origin = origin
+        self._start = uuid.uuid4().hex if inherited else None
+        self._clock = origin
+        self._ticks = 0
+        self._segments: list[_Segment] = []
+        self._live()
+
+    @property
+    def inherited(self) -> bool:
+        """Whether the first entry is no state of the run."""
+        return self._start is not None
+
+    @property
+    def clock(self) -> int:
+        """The clock of the newest state: the origin and all ticks."""
+        return self._clock
+
+    @property
+    def ticks(self) -> int:
+        """The number of updates after the first state."""
+        return self._ticks
+
+    @property
+    def shift(self) -> float:
+        """The most that any state's clock is off, in units of the clock; 0 unless capped."""
+        return float(max((run[2] for s in self._segments for run in s.runs), default=0))
+
+    def tick(self, decay: float | DecayLike, dt: int) -> None:
+        """Record one update.
+
+        Args:
+            decay: The decay of the update.
+            dt: The length of the tick in units of the clock, an integer >= 1.
+
+        Raises:
+            ValueError: dt < 1.
+            TypeError: dt is no integer.
+        """
+        if decay is self._decay and dt == self._step:
+            run = self._run
+            run[0] += 1
+            run[1] += dt
+            self._ticks += 1
+            self._clock += dt
+        else:
+            self._turn(as_decay(decay), dt)
+
+    def under(self, decay: float | DecayLike) -> History:
+        """Return what another decay would have made of the same states.
+
+        >>> history = History("a run")
+        >>> for _ in range(3):
+        ...     history.tick(0.5, 1)
+        >>> from polyak.decay import Uniform
+        >>> weights(history.under(Uniform()))[1]
+        tensor([0.0000, 0.3333, 0.3333, 0.3333], dtype=torch.float64)
+
+        Args:
+            decay: The decay of all updates.
+        """
+        decay = as_decay(decay)
+        runs = [run for segment in self._segments for run in segment.runs]
+        return self._with([_Segment(to_spec(decay), decay, runs)] if runs else [])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the history as plain JSON values, independent of later ticks."""
+        return {
+            "run": self.run,
+            "origin": self.origin,
+            "start": self._start,
+            "segments": [
+                {"decay": segment.spec, "runs": [list(run) for run in segment.runs]}
+                for segment in self._segments
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> History:
+        """Return the history that `to_dict` wrote down.
+
+        Decays of somebody else's (opaque) are remembered by name only: such a history goes on
+        recording, but its profile cannot be computed any more.
+
+        Raises:
+            ValueError: values is not what `to_dict` writes.
+        """
+        try:
+            history = cls(values["run"], values["origin"])
+            start = values["start"]
+            if start is not None and type(start) is not str:
+                raise TypeError(f"start is {start!r}")
+            history._start = start
+            for segment in values["segments"]:
+                spec = segment["decay"]
+                opaque = isinstance(spec, dict) and spec.get("type") == "opaque"
+                decay = None if opaque else from_spec(spec)
+                runs = []
+                for count, total, shift in segment["runs"]:
+                    runs.append([_whole(count, 1), _whole(total, count), _whole(shift, 0)])
+                    history._ticks += count
+                    history._clock += total
+                if not runs:
+                    raise ValueError("a segment without runs")
+                history._segments.append(_Segment(spec, decay, runs))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"this is no tick history ({type(error).__name__}: {error}): pass what "
+                "History.to_dict returned; if a newer version wrote it, upgrade polyak"
+            ) from error
+        history._live()
+        return history
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, History) and self.to_dict() == other.to_dict()
+
+    def __repr__(self) -> str:
+        return (
+            f"History(run={self.run!r}, origin={self.origin}, clock={self.clock}, "
+            f"ticks={self.ticks})"
+        )
+
+    def _with(self, segments: list[_Segment]) -> History:
+        """The same average with other segments, which are copied."""
+        history = History(self.run, self.origin)
+        history._start, history._clock, history._ticks = self._start, self._clock, self._ticks
+        history._segments = [
+            _Segment(segment.spec, segment.decay, [list(run) for run in segment.runs])
+            for segment in segments
+        ]
+        history._live()
+        return history
+
+    def _mapped(self, change: Callable[[list[list[int]], int], list[list[int]]]) -> History:
+        """The same average, the runs of each segment changed; `change` is told where they begin."""
+        clock, segments = self.origin, []
+        for segment in self._segments:
+            segments.append(_Segment(segment.spec, segment.decay, change(segment.runs, clock)))
+            clock += sum(run[1] for run in segment.runs)
+        return self._with(segments)
+
+    def _knots(self) -> dict[int, int]:
+        """The clocks where runs meet, which are always exact, and the ticks made by then."""
+        ticks, knots = 0, {self.origin: 0}
+        for begin, count, total in self._runs():
+            ticks += count
+            knots[begin + total] = ticks
+        return knots
+
+    def _runs(self) -> dict[tuple[int, int, int], int]:
+        """The runs as (clock at the beginning, ticks, total length), and their shifts."""
+        clock, runs = self.origin, {}
+        for segment in self._segments:
+            for count, total, shift in segment.runs:
+                runs[clock, count, total] = shift
+                clock += total
+        return runs
+
+    def _turn(self, decay: Decay, dt: int) -> None:
+        """Record an update whose decay or length differs from the one before."""
+        if type(dt) is not int:
+            raise TypeError(
+                f"a tick is an integer, not {dt!r} of type {type(dt).__name__}: "
+                "pass its length in units of the clock"
+            )
+        if dt < 1:
+            raise ValueError(
+                f"a tick of length {dt} does not move the clock: pass a length of 1 or more"
+            )
+        if self._segments and decay == self._segments[-1].decay:
+            self._segments[-1].decay = decay  # so that `tick` knows the very object from now on
+        else:
+            self._segments.append(_Segment(to_spec(decay), decay))
+        runs = self._segments[-1].runs
+        if runs and dt == _step(runs[-1]):
+            runs[-1][0] += 1
+            runs[-1][1] += dt
+        else:
+            runs.append([1, dt, 0])
+        self._ticks += 1
+        self._clock += dt
+        if len(runs) > RUNS:
+            begin = self._clock - sum(run[1] for run in runs)
+            self._segments[-1].runs = _thin(runs, begin, self._clock)
+        self._live()
+
+    def _live(self) -> None:
+        """Point `tick` at the last run."""
+        last = self._segments[-1] if self._segments else None
+        self._decay = last.decay if last else None
+        self._run = last.runs[-1] if last else [0, 0, 0]
+        self._step = _step(self._run)
+
+
+def weights(history: History) -> tuple[Tensor, Tensor]:
+    """Return the share that each state has in the average.
+
+    p_i = (1 - k_i) k_(i+1) ... k_n, with k_0 = 0 for the first state. Non-negative, sums to 1.
+
+    >>> history = History("a run")
+    >>> for _ in range(2):
+    ...     history.tick(0.5, 1)
+    >>> weights(history)
+    (tensor([0, 1, 2]), tensor([0.2500, 0.2500, 0.5000], dtype=torch.float64))
+
+    Args:
+        history: The ticks of the average.
+
+    Returns:
+        The clocks of the states, int64, ascending, and their shares, float64. What was inherited
+        is the first entry, at the origin.
+
+    Raises:
+        ValueError: a decay was opaque, and the history was read from a file since.
+    """
+    clocks, kept = [torch.tensor([history.origin])], [torch.zeros(1, dtype=torch.float64)]
+    clock = history.origin
+    for segment in history._segments:
+        if segment.decay is None:
+            raise ValueError(
+                "the profile of this average is unknown: its decay "
+                f"{segment.spec.get('repr', '?')} was an object of the program that recorded it. "
+                "Ask for the profile there, before the state is saved, or use a decay of "
+                "polyak.decay"
+            )
+        times = [torch.tensor([clock])]
+        for count, total, _ in segment.runs:
+            times.append(clock + _spread(count, total))
+            clock += total
+        both = torch.cat(times)
+        clocks.append(both[1:])
+        kept.append(segment.decay.keep(both[1:], torch.diff(both)))
+    keep = torch.cat(kept)
+    # What survives of each state: the product of all keeps after it.
+    survives = torch.ones_like(keep)
+    torch.cumprod(keep.flip(0)[:-1], 0, out=survives[1:])
+    return torch.cat(clocks), (1 - keep) * survives.flip(0)
+
+
+def moments(history: History) -> Moments:
+    """Return the moments of a history's profile, from all its ticks.
+
+    >>> history = History("a run")
+    >>> for _ in range(3):
+    ...     history.tick(as_decay(0.5), 1)
+    >>> result = moments(history)
+    >>> result.mean_age, result.largest_share, result.first_share
+    (0.875, 0.5, 0.125)
+
+    Args:
+        history: The ticks of the average.
+
+    Raises:
+        ValueError: as for `weights`.
+    """
+    clocks, shares = weights(history)
+    ages = (history.clock - clocks).double()
+    mean = torch.dot(shares, ages)
+    return Moments(
+        mean_age=mean.item(),
+        variance=torch.dot(shares, (ages - mean).square_()).item(),
+        concentration=torch.dot(shares, shares).item(),
+        largest_share=shares.max().item(),
+        first_share=shares[0].item(),
+    )
+
+
+def inner(a: History, b: History) -> float:
+    """Return the inner product of two profiles: the sum of p_a p_b over the states both have seen.
+
+    States are shared if their run and clock are the same. An inherited start is a state of its
+    own, shared by the histories of that one average only, so that `inner(a, a)` is the sum of p^2.
+
+    >>> a, b = History("a run"), History("a run")
+    >>> for _ in range(2):
+    ...     a.tick(0.5, 1)
+    >>> b.tick(0.5, 2)
+    >>> inner(a, b)  # clocks 0 and 2: .25 * .25 + .5 * .75
+    0.4375
+
+    Args:
+        a: The ticks of one average.
+        b: The ticks of the other.
+
+    Raises:
+        ValueError: as for `gram`.
+    """
+    return gram([a, b])[0, 1].item()
+
+
+def gram(histories: Sequence[History]) -> Tensor:
+    """Return the inner products of all pairs of profiles, each as `inner` does.
+
+    Exact where no history is capped. Where one is, all of its run must have seen the same ticks;
+    they are taken as evenly spaced between the same clocks, so that the matrix stays consistent.
+
+    >>> histories = [History("a run"), History("a run")]
+    >>> histories[1].tick(0.25, 1)
+    >>> gram(histories)
+    tensor([[1.0000, 0.2500],
+            [0.2500, 0.6250]], dtype=torch.float64)
+
+    Args:
+        histories: The ticks of n averages.
+
+    Returns:
+        An n x n matrix, float64, symmetric.
+
+    Raises:
+        ValueError: as for `weights`, or histories were capped that saw different ticks.
+    """
+    profiles = [weights(history) for history in _aligned(histories)]
+    products = torch.zeros(len(histories), len(histories), dtype=torch.float64)
+    for i, a in enumerate(histories):
+        for j, b in enumerate(histories[: i + 1]):
+            products[i, j] = products[j, i] = _product(a, *profiles[i], b, *profiles[j])
+    return products
+
+
+def _product(
+    a: History, clocks_a: Tensor, shares_a: Tensor, b: History, clocks_b: Tensor, shares_b: Tensor
+) -> float:
+    product = 0.0
+    if a.inherited and a._start == b._start:
+        product += (shares_a[0] * shares_b[0]).item()
+    clocks_a, shares_a = clocks_a[a.inherited :], shares_a[a.inherited :]
+    clocks_b, shares_b = clocks_b[b.inherited :], shares_b[b.inherited :]
+    if a.run == b.run:
+        n = min(len(clocks_a), len(clocks_b))
+        if torch.equal(clocks_a[:n], clocks_b[:n]):  # the same ticks so far: no search
+            both_a, both_b = shares_a[:n], shares_b[:n]
+        else:
+            at = torch.searchsorted(clocks_b, clocks_a).clamp_(max=len(clocks_b) - 1)
+            same = clocks_b[at] == clocks_a
+            both_a, both_b = shares_a[same], shares_b[at[same]]
+        product += torch.dot(both_a, both_b).item()
+    return product
+
+
+def _aligned(histories: Sequence[History]) -> Sequence[History]:
+    """The histories, so coarse that those of one run agree on which states they saw.
+
+    Only of runs where one is capped. Merging depends on the ticks and on their age alone, so all
+    that saw the same ticks are made equal by merging as of the newest clock; what remains are the
+    ends of the shorter ones, which lie inside runs of the longer ones and are cut there.
+    """
+    aligned = list(histories)
+    for run in {history.run for history in histories if history.shift}:
+        mates = [i for i, history in enumerate(histories) if history.run == run]
+        thin = partial(_thin, now=max(histories[i].clock for i in mates))
+        for i in mates:
+            aligned[i] = histories[i]._mapped(thin)
+        for _ in range(2):  # twice: a cut may be known only from where another one was made
+            cutters = [_cutter(aligned[i]._knots()) for i in mates]
+            for i in mates:
+                for cut in cutters:
+                    aligned[i] = aligned[i]._mapped(cut)
+        _refuse_different_ticks([aligned[i] for i in mates])
+    return aligned
+
+
+def _refuse_different_ticks(histories: Sequence[History]) -> None:
+    """Refuse merged runs that another history, which was there, does not have."""
+    runs = [history._runs() for history in histories]
+    for a, runs_a in zip(histories, runs, strict=True):
+        for b, runs_b in zip(histories, runs, strict=True):
+            begin, end = max(a.origin, b.origin), min(a.clock, b.clock)
+            for run, shift in runs_a.items():
+                if shift and run[0] < end and run[0] + run[2] > begin and run not in runs_b:
+                    raise ValueError(
+                        f"two averages of the run {a.run!r} were updated at different clocks, by "
+                        f"ticks of more than {RUNS} different lengths: which states they share is "
+                        "not known any more. Update averages that are to be combined at the same "
+                        "clocks, or let the clock count steps"
+                    )
+
+
+def _thin(runs: list[list[int]], begin: int, now: int) -> list[list[int]]:
+    """Merge neighboring runs, keeping a 32nd to a 64th of the age as the distance of knots.
+
+    A knot (where runs meet) of age [32, 64) 2^level is kept if it is the first in its cell of
+    length 2^level of the clock. That is a property of the ticks around it: which knots are left
+    does not depend on when, or how often, older calls have thinned.
+    """
+    thinned, group, clock = [], [], begin
+    for run in runs:
+        before, clock = clock, clock + run[1]
+        group.append(run)
+        level = max(((now - clock) >> 5).bit_length() - 1, 0)
+        if before >> level != clock >> level:
+            thinned.append(_merge(group))
+            group = []
+    return [*thinned, _merge(group)] if group else thinned
+
+
+def _merge(runs: list[list[int]]) -> list[int]:
+    """One evenly spaced run instead of several.
+
+    Between knots both the old and the new clocks are linear in the tick, so they differ most at a
+    knot: by |clock - ticks total / count|. That much, rounded up, adds to the shift.
+    """
+    count, total = sum(run[0] for run in runs), sum(run[1] for run in runs)
+    ticks = clock = worst = 0
+    for run in runs:
+        ticks, clock = ticks + run[0], clock + run[1]
+        worst = max(worst, abs(clock * count - ticks * total))
+    return [count, total, max(run[2] for run in runs) - (-worst // count)]
+
+
+def _cutter(knots: dict[int, int]) -> Callable[[list[list[int]], int], list[list[int]]]:
+    """Cut runs where another history, with these knots, knows which state it saw."""
+    clocks = sorted(knots)
+
+    def cut(runs: list[list[int]], begin: int) -> list[list[int]]:
+        pieces = []
+        for count, total, shift in runs:
+            end = begin + total
+            inside = clocks[bisect.bisect_right(clocks, begin) : bisect.bisect_left(clocks, end)]
+            for clock in inside:
+                # Ticks are counted from whichever end of the run the other one knows too.
+                if begin in knots:
+                    ticks = knots[clock] - knots[begin]
+                elif end in knots:
+                    ticks = count - (knots[end] - knots[clock])
+                else:
+                    continue
+                length = clock - begin
+                possible = 0 < ticks <= length and 0 < count - ticks <= total - length
+                if possible and abs(length * count - ticks * total) <= shift * count:
+                    pieces.append([ticks, length, shift])
+                    begin, count, total = clock, count - ticks, total - length
+            pieces.append([count, total, shift])
+            begin = end
+        return pieces
+
+    return cut
+
+
+def _step(run: list[int]) -> int:
+    """The length of the ticks of a run, 0 if they differ or there are none."""
+    count, total, shift = run
+    return total // count if count and not shift else 0
+
+
+def _spread(count: int, total: int) -> Tensor:
+    """The clocks of a run that begins at 0: total i / count for i in 1..count, rounded down."""
+    index = torch.arange(1, count + 1)
+    whole, rest = divmod(total, count)
+    return index * whole + rest * index // count
+
+
+def _whole(value: Any, least: int) -> int:
+    if type(value) is not int or value < least:
+        raise ValueError(f"{value!r} where a whole number of {least} or more belongs")
+    return value

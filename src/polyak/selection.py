@@ -1,0 +1,335 @@
+"""NAMES: what the tensors of a model are called, which of them are one, and which are averaged.
+
+A ``Tree`` is one walk over a module: every parameter and buffer under the name it has in the plain
+model, whatever wraps the model or its parts, tied tensors once. A *policy* then says what becomes
+of each. This file reads modules; it never changes one, and knows nothing of dtypes and devices.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+__all__ = [
+    "Policy",
+    "Slot",
+    "Tree",
+    "Verdict",
+    "View",
+    "decide",
+    "describe",
+    "everything",
+    "is_floating",
+    "listed",
+    "trainable",
+    "unwrap",
+]
+
+Verdict = Literal["average", "follow", "leave"]
+Policy = Callable[[str, Tensor, nn.Module], Verdict]
+
+
+def trainable(name: str, tensor: Tensor, module: nn.Module) -> Verdict:
+    """Average what is trained: parameters that require grad, and running statistics.
+
+    The statistics of normalization layers (``running_mean``, ``running_var``) are averaged too:
+    copied from the last step, they belong to other weights. The rest follows the model: frozen
+    parameters, counters, masks, spectral-norm vectors.
+
+    >>> trainable("weight", nn.Linear(2, 2).weight, nn.Linear(2, 2))
+    'average'
+    """
+    if _is_cache(name, module):
+        return "leave"
+    if not is_floating(tensor):
+        return "follow"
+    statistic = _key(name) in ("running_mean", "running_var") and not isinstance(
+        tensor, nn.Parameter
+    )
+    return "average" if tensor.requires_grad or statistic else "follow"
+
+
+def everything(name: str, tensor: Tensor, module: nn.Module) -> Verdict:
+    """Average every floating tensor of the state dict; the rest follows the model.
+
+    >>> everything("num_batches_tracked", nn.BatchNorm1d(2).num_batches_tracked, nn.BatchNorm1d(2))
+    'follow'
+    """
+    if _is_cache(name, module):
+        return "leave"
+    return "average" if is_floating(tensor) else "follow"
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """Return the module inside DDP, ``torch.compile`` and activation-checkpoint wrappers."""
+    while True:
+        if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            inner = module.module
+        elif type(module) is _loaded("torch._dynamo.eval_frame", "OptimizedModule"):
+            inner = module._orig_mod
+        elif isinstance(module, _loaded(_CHECKPOINT, "ActivationWrapper") or ()):
+            inner = module._checkpoint_wrapped_module
+        else:
+            return module
+        module = _checked(inner)
+
+
+@dataclass
+class Slot:
+    """One tensor of a model: all its names, and every place where it is registered."""
+
+    tensor: Tensor
+    module: nn.Module  # the owner of the first place
+    names: list[str]
+    places: list[tuple[dict[str, Any], str, Tensor]] = field(repr=False)
+    persistent: bool
+
+    @property
+    def name(self) -> str:
+        """The first of its names, by which the average is known."""
+        return self.names[0]
+
+    @property
+    def is_buffer(self) -> bool:
+        """Whether it is a buffer, not a parameter."""
+        return not isinstance(self.tensor, nn.Parameter)
+
+
+class Tree:
+    """One walk over a module, in the order of its state dict.
+
+    Attributes:
+        slots: the distinct tensors.
+        by_name: name -> slot; a tied tensor is there under each of its names.
+        keys: the keys of the plain model's ``state_dict()``, in its order.
+        extra: key -> module, for modules that have an extra state.
+        modules: every module, each wrapper included.
+        links: (dictionary, key, value) that lead to the tensors: while they all hold, so does
+            the walk.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.slots: list[Slot] = []
+        self.by_name: dict[str, Slot] = {}
+        self.keys: list[str] = []
+        self.extra: dict[str, nn.Module] = {}
+        self.modules: list[nn.Module] = []
+        self.links: list[tuple[dict[str, Any], str, object]] = []
+        self._known: dict[object, Slot] = {}
+        self._walk(_checked(root), "")
+
+    def _walk(self, module: nn.Module, prefix: str) -> None:
+        inner = unwrap(module)
+        while module is not inner:
+            self.modules.append(module)
+            ((key, child),) = module._modules.items()
+            self.links.append((module._modules, key, child))
+            module = _checked(child)
+        self.modules.append(module)
+        owners: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for owner in owners:
+            for key, tensor in owner.items():
+                if tensor is not None:
+                    self._add(module, owner, prefix + key, key, tensor)
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            self.keys.append(f"{prefix}_extra_state")
+            self.extra[self.keys[-1]] = module
+        for key, child in module._modules.items():
+            if child is not None:
+                self.links.append((module._modules, key, child))
+                self._walk(child, f"{prefix}{key}.")
+
+    def _add(
+        self, module: nn.Module, owner: dict[str, Any], name: str, key: str, tensor: Tensor
+    ) -> None:
+        if is_lazy(tensor):
+            raise ValueError(
+                f"{name} has no shape yet (a lazy module); run one forward pass, then build the EMA"
+            )
+        identities = list(_identities(tensor))
+        persistent = key not in module._non_persistent_buffers_set
+        slot = next((self._known[i] for i in identities if i in self._known), None)
+        if slot is None:
+            slot = Slot(tensor, module, [], [], persistent)
+            self.slots.append(slot)
+        self._known.update(dict.fromkeys(identities, slot))
+        slot.names.append(name)
+        slot.places.append((owner, key, tensor))
+        slot.persistent |= persistent
+        self.links.append((owner, key, tensor))
+        self.by_name[name] = slot
+        if persistent:
+            self.keys.append(name)
+
+
+def decide(tree: Tree, policy: Policy) -> dict[str, Verdict]:
+    """Ask the policy about every slot; return name (the slot's first) -> verdict.
+
+    Raises:
+        ValueError: the policy says something that is no verdict, or not the same of all the names
+            of a tied tensor. All such names are listed.
+    """
+    verdicts: dict[str, Verdict] = {}
+    wrong = []
+    for slot in tree.slots:
+        said = {name: policy(name, slot.tensor, slot.module) for name in slot.names}
+        if len(set(said.values())) > 1:
+            wrong.append(f"{said}: one tensor under several names takes one verdict")
+        wrong += [
+            f"{name}: {verdict!r} is none of {', '.join(get_args(Verdict))}"
+            for name, verdict in said.items()
+            if verdict not in get_args(Verdict)
+        ]
+        verdicts[slot.name] = said[slot.name]
+    if wrong:
+        raise ValueError(f"the policy {describe(policy)} is unclear:{listed(wrong)}")
+    return verdicts
+
+
+class View:
+    """A model, and the teacher that holds its averages if there is one, as one walk sees them.
+
+    An average goes by the first name of its tensor: in the teacher if there is one, else in the
+    model.
+
+    Attributes:
+        tree: the model.
+        teacher: the module that holds the averages, or None.
+        average: the names that the policy wants averaged.
+        follow: (teacher's slot, model's slot) of what the teacher copies on each update.
+        owners, keys, values: while ``owner.get(key) is value`` for all, so does the walk hold.
+
+    Raises:
+        ValueError: the policy is unclear, or names, shapes or kinds of teacher and model differ.
+            All differences are listed.
+    """
+
+    def __init__(self, model: nn.Module, teacher: nn.Module | None, policy: Policy) -> None:
+        self.tree = Tree(model)
+        self.teacher = None if teacher is None else Tree(teacher)
+        self.average: list[str] = []
+        self.follow: list[tuple[Slot, Slot]] = []
+        links = self.tree.links + (self.teacher.links if self.teacher else [])
+        self.owners, self.keys, self.values = ([link[i] for link in links] for i in range(3))
+        verdicts = decide(self.tree, policy)
+        if self.teacher is None:
+            self.average = [name for name, verdict in verdicts.items() if verdict == "average"]
+            return
+        wrong = list(self._differences(self.teacher, verdicts, decide(self.teacher, policy)))
+        if wrong:
+            raise ValueError(
+                f"teacher and model do not match:{listed(wrong)}\n"
+                "build both from the same code, or let the policy say 'leave' where they differ"
+            )
+        for mine in self.teacher.slots:
+            slot = self.slot(mine.name)
+            if slot is not None and verdicts[slot.name] == "average":
+                self.average.append(mine.name)
+            elif slot is not None and verdicts[slot.name] == "follow":
+                self.follow.append((mine, slot))
+
+    def same(self, other: View) -> bool:
+        """Whether both walks found the same tensors under the same names."""
+        return len(self.values) == len(other.values) and all(
+            map(operator.is_, self.values, other.values)
+        )
+
+    def slot(self, name: str) -> Slot | None:
+        """Return the model's tensor that the average of this name sees, if it is still there."""
+        if self.teacher is None:
+            return self.tree.by_name.get(name)
+        home = self.teacher.by_name.get(name)
+        names = home.names if home else [name]
+        return next((self.tree.by_name[n] for n in names if n in self.tree.by_name), None)
+
+    def home(self, key: str) -> Slot | None:
+        """Return the teacher's tensor of this name."""
+        return None if self.teacher is None else self.teacher.by_name.get(key)
+
+    def name(self, key: str) -> str:
+        """Return the name of the average that stands for the model's tensor ``key``."""
+        return (self.home(key) or self.tree.by_name[key]).name
+
+    def _differences(
+        self, teacher: Tree, verdicts: dict[str, Verdict], theirs: dict[str, Verdict]
+    ) -> Iterator[str]:
+        met: dict[str, Slot] = {}
+        for slot in self.tree.slots:
+            for name in slot.names if verdicts[slot.name] != "leave" else ():
+                mine = teacher.by_name.get(name)
+                if mine is None:
+                    yield f"{name}: not in the teacher"
+                elif met.setdefault(mine.name, slot) is not slot:
+                    yield f"{name}: tied to {mine.name} in the teacher, not in the model"
+                elif mine.tensor is slot.tensor:
+                    yield f"{name}: the same tensor in both; the teacher needs its own"
+                elif mine.tensor.shape != slot.tensor.shape:
+                    shapes = tuple(mine.tensor.shape), tuple(slot.tensor.shape)
+                    yield f"{name}: {shapes[0]} in the teacher, {shapes[1]} in the model"
+                elif is_floating(mine.tensor) != is_floating(slot.tensor):
+                    dtypes = mine.tensor.dtype, slot.tensor.dtype
+                    yield f"{name}: {dtypes[0]} in the teacher, {dtypes[1]} in the model"
+        for mine in teacher.slots:
+            for name in mine.names if theirs[mine.name] != "leave" else ():
+                if name not in self.tree.by_name:
+                    yield f"{name}: only in the teacher"
+
+
+def describe(policy: Policy) -> str:
+    """Return the policy's name for messages and files."""
+    return getattr(policy, "__qualname__", repr(policy))
+
+
+def is_floating(tensor: Tensor) -> bool:
+    """Whether the elements are real or complex numbers, so that a mean of them makes sense."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def listed(lines: Iterable[str], most: int = 20) -> str:
+    """Return the lines as an indented block, for an error message."""
+    lines = list(lines)
+    more = [f"... and {len(lines) - most} more"] if len(lines) > most else []
+    return "".join(f"\n  {line}" for line in lines[:most] + more)
+
+
+_CHECKPOINT = "torch.distributed.algorithms._checkpoint.checkpoint_wrapper"
+
+
+def _loaded(module: str, name: str) -> type | None:
+    return getattr(sys.modules.get(module), name, None)
+
+
+def _checked(module: object) -> nn.Module:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(module).__name__}: {module!r:.80}")
+    fsdp1 = _loaded(
+        "torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel"
+    )
+    if fsdp1 is not None and isinstance(module, fsdp1):
+        raise TypeError(
+            "FullyShardedDataParallel (FSDP1) keeps its parameters in flat pieces that cannot be "
+            "averaged by name; shard the model with torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
+    return module
+
+
+def _identities(tensor: Tensor) -> Iterator[object]:
+    """What makes two registered tensors one: the object, or the very same memory."""
+    yield id(tensor)
+    if type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and tensor.numel():
+        pointer = tensor.data_ptr()
+        yield tensor.device, pointer, tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _is_cache(name: str, module: nn.Module) -> bool:
+    return _key(name) in module._non_persistent_buffers_set
+
+
+def _key(name: str) -> str:
+    return name.rpartition(".")[2]

@@ -1,0 +1,169 @@
+"""What is public, and who may import whom: changing either is a decision that shows here."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import polyak
+from polyak import decay
+
+SOURCE = Path(polyak.__file__).parent
+
+# module -> the polyak modules that it may import. Arrows point one way.
+ARROWS = {
+    "decay": set(),
+    "profile": {"decay"},
+    "selection": set(),
+    "engine": {"engine.foreach"},
+    "engine.foreach": set(),
+    "engine.reference": set(),
+    "swap": {"engine", "selection"},
+    "attach": set(),
+    "report": set(),
+    "batchnorm": set(),
+    "files": set(),
+    "ema": {
+        *("attach", "batchnorm", "decay", "engine", "files"),
+        *("profile", "report", "selection", "swap"),
+    },
+    "": {"decay", "ema", "selection"},
+}
+
+# What the package may import from outside the standard library.
+OUTSIDE = {"torch", "safetensors"}
+
+SURFACE = {
+    "EMA": "(model: 'nn.Module', decay: 'DecayLike | float | None' = None, *, "
+    "policy: 'Policy | None' = None, into: 'nn.Module | None' = None, "
+    "dtype: 'torch.dtype | None' = None, device: 'torch.device | str | None' = None) -> 'None'",
+    "EMA.applied": "(self) -> 'Iterator[Mapping[str, Tensor]]'",
+    "EMA.attach": "(self, optimizer: 'torch.optim.Optimizer', *, every: 'int' = 1, "
+    "tick: 'int' = 1) -> 'Attachment'",
+    "EMA.averages": "property",
+    "EMA.clock": "property",
+    "EMA.copy_to": "(self, module: 'nn.Module') -> 'None'",
+    "EMA.decay": "property",
+    "EMA.history": "property",
+    "EMA.load_state_dict": "(self, state: 'Mapping[str, Any]') -> 'None'",
+    "EMA.model_state_dict": "(self) -> 'dict[str, Any]'",
+    "EMA.reestimate_statistics": "(self, batches: 'Iterable[Any]', "
+    "limit: 'int | None' = None) -> 'None'",
+    "EMA.report": "(self) -> 'Report'",
+    "EMA.reset": "(self) -> 'None'",
+    "EMA.save": "(self, path: 'str | os.PathLike[str]', *, dtype: 'torch.dtype | None' = None, "
+    "averages_only: 'bool' = False) -> 'None'",
+    "EMA.state_dict": "(self) -> 'dict[str, Any]'",
+    "EMA.update": "(self, t: 'int | None' = None) -> 'None'",
+    "After": "(start: 'int', inner: 'float | DecayLike') -> 'None'",
+    "Constant": "(decay: 'float') -> None",
+    "Cosine": "(start: 'float', end: 'float', steps: 'int') -> None",
+    "Debiased": "(inner: 'float | Constant | HalfLife') -> 'None'",
+    "HalfLife": "(half_life: 'float') -> None",
+    "Linear": "(start: 'float', end: 'float', steps: 'int') -> None",
+    "PowerLaw": "(std: 'float') -> None",
+    "Uniform": "() -> None",
+    "everything": "(name: 'str', tensor: 'Tensor', module: 'nn.Module') -> 'Verdict'",
+    "trainable": "(name: 'str', tensor: 'Tensor', module: 'nn.Module') -> 'Verdict'",
+    "update_": "(teacher: 'nn.Module', student: 'nn.Module', "
+    "decay: 'Constant | float' = 0.5) -> 'None'",
+}
+
+
+def surface() -> dict[str, str]:
+    found = {}
+    for name in polyak.__all__:
+        value = getattr(polyak, name)
+        found[name] = str(inspect.signature(value))
+        if value is polyak.EMA:
+            for key, member in vars(value).items():
+                if isinstance(member, property):
+                    found[f"{name}.{key}"] = "property"
+                elif inspect.isfunction(member) and not key.startswith("_"):
+                    found[f"{name}.{key}"] = str(inspect.signature(member))
+    return found
+
+
+def modules() -> dict[str, Path]:
+    paths = {p: p.relative_to(SOURCE).with_suffix("") for p in SOURCE.rglob("*.py")}
+    return {".".join(r.parts).removesuffix("__init__").strip("."): p for p, r in paths.items()}
+
+
+def imports(path: Path) -> tuple[set[str], set[str]]:
+    """The polyak modules and the outside packages that a file imports, wherever in it."""
+    inside, outside = set(), set()
+    known = modules()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            package, _, rest = name.partition(".")
+            if package == "polyak":
+                inside.add(rest if rest in known else rest.rpartition(".")[0])
+            elif package not in sys.stdlib_module_names:
+                outside.add(package)
+    return inside, outside
+
+
+def test_the_public_surface_is_what_was_decided() -> None:
+    assert surface() == SURFACE
+
+
+def test_the_public_values_of_decay_are_what_was_decided() -> None:
+    assert set(decay.__all__) == {
+        *("After", "Constant", "Cosine", "Debiased", "Decay", "DecayLike", "ExponentialRamp"),
+        *("HalfLife", "InverseGamma", "Linear", "PowerLaw", "Ramp", "Uniform"),
+        *("as_decay", "from_spec", "to_spec"),
+    }
+
+
+def test_every_module_is_on_the_map() -> None:
+    assert set(modules()) == set(ARROWS)
+
+
+@pytest.mark.parametrize("module", sorted(ARROWS))
+def test_arrows_point_one_way(module: str) -> None:
+    inside, outside = imports(modules()[module])
+    assert inside <= ARROWS[module]
+    assert outside <= OUTSIDE
+
+
+def test_the_arrow_test_can_fail(tmp_path: Path) -> None:
+    path = tmp_path / "bad.py"
+    path.write_text("def f():\n    from polyak import ema\n    import numpy.linalg\n")
+    assert imports(path) == ({"ema"}, {"numpy"})
+
+
+def test_import_polyak_brings_torch_and_safetensors_and_nothing_else() -> None:
+    code = (
+        "import sys, torch, safetensors; before = set(sys.modules); import polyak; "
+        "print(*sorted({m.partition('.')[0] for m in set(sys.modules) - before}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    new = set(done.stdout.split()) - set(sys.stdlib_module_names)
+    # The extension module of safetensors is loaded under its own name.
+    assert new <= {"polyak", "safetensors", "safetensors_rust", "torch"}
+    heavy = {"torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp"}
+    code = f"import sys, polyak; print({heavy!r} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.strip() == "set()"
+
+
+def test_no_forbidden_word_in_the_public_names() -> None:
+    words = {"momentum", "beta", "tau", "smoothing"}
+    names = set(surface()) | {p for s in surface().values() for p in s.replace(":", " ").split()}
+    assert not {n for n in names if n.strip("(,*").lower() in words}
