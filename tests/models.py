@@ -286,7 +286,7 @@ def train(
 
 
 def scramble_(model: nn.Module, seed: int, scale: float = 1.0) -> nn.Module:
-    """Write random values into every parameter and every finite floating buffer, in place.
+    """Write random values into every parameter and floating buffer, in place.
 
     Buffers that must be positive (``running_var``) stay so; masks, booleans and counters are kept.
     """
@@ -295,7 +295,7 @@ def scramble_(model: nn.Module, seed: int, scale: float = 1.0) -> nn.Module:
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if not (tensor.is_floating_point() or tensor.is_complex()):
                 continue
-            if not bool(torch.isfinite(tensor).all()):
+            if name.endswith("mask"):
                 continue
             wide = torch.complex128 if tensor.is_complex() else torch.float64
             noise = torch.randn(tensor.shape, dtype=wide, generator=generator) * scale

@@ -26,11 +26,12 @@ ARROWS = {
     "swap": {"engine", "selection"},
     "attach": set(),
     "report": set(),
+    "state": {"decay", "engine", "profile", "selection"},
     "batchnorm": set(),
     "files": set(),
     "ema": {
         *("attach", "batchnorm", "decay", "engine", "files"),
-        *("profile", "report", "selection", "swap"),
+        *("profile", "report", "selection", "state", "swap"),
     },
     "": {"decay", "ema", "selection"},
 }

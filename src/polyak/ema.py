@@ -20,7 +20,6 @@ import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from types import FrameType, MappingProxyType
 from typing import Any, NoReturn
@@ -45,11 +44,11 @@ from polyak.selection import (
     trainable,
     unwrap,
 )
+from polyak.state import Facts, matched
 from polyak.swap import Aside, uninterrupted
 
 __all__ = ["EMA", "update_"]
 
-FORMAT = 1  # of the state and of the facts in a file; a reader refuses what is newer
 _SHARE = 0.10  # of the first state in the average, from where on `applied` warns
 _DEAD_ZONE = 1e-3  # relative, from where on `report` warns
 
@@ -117,7 +116,6 @@ class EMA:
     _pending: int  # ticks of optimizer steps that no update has seen yet
     _updates: int
     _repeats: int
-    _weight: float  # of the newest state, in the last update
     _nonfinite: int
     _nonfinite_told: int
     _repeats_told: bool
@@ -299,18 +297,16 @@ class EMA:
             aside = Aside(view.tree, slots)
         changed: list[str] = []
         try:
-            self._aside = aside
-            _applied.append(self)
-            with _writing():
-                engine.copy(plan)
-            yield MappingProxyType(aside.state_dict())
-        finally:
-            with uninterrupted(), _writing():
-                try:
-                    changed = aside.restore()
-                finally:
-                    self._aside = None
-                    _applied[:] = [ema for ema in _applied if ema is not self]
+            try:
+                self._aside = aside
+                _applied.append(self)
+                with _writing():
+                    engine.copy(plan)
+                yield MappingProxyType(aside.state_dict())
+            finally:
+                changed += self._put_back(aside)
+        finally:  # for a Ctrl-C on the first line of the other; else there is nothing left to do
+            changed += self._put_back(aside)
             if changed:
                 raise RuntimeError(
                     "the model was changed inside applied(); its weights and modules are back as "
@@ -341,7 +337,7 @@ class EMA:
             RuntimeError: the model holds averages at the moment.
         """
         exported = self._exported(self._look())
-        engine.reshard(list(module.modules()))
+        engine.reshard(list(unwrap(module).modules()))
         target = Tree(module)
         _refuse_applied("copy into the model", {id(slot.tensor) for slot in target.slots})
         slots = {key: target.by_name[key] for key in target.keys if key in target.by_name}
@@ -378,9 +374,11 @@ class EMA:
             averages_only: leave out what merely follows the model (LoRA: adapters only).
 
         Raises:
-            ValueError: a tensor is sharded, or the model's tensors are not what they were.
+            ValueError: a tensor is sharded, the dtype is not floating, or the model's tensors are
+                not what they were.
             OSError: the file cannot be written; an older one of that name is untouched.
         """
+        _refuse_unwritable(dtype)
         view = self._look()
         exported = self._exported(view)
         sharded = [key for key, value in exported.items() if engine.is_sharded(value)]
@@ -473,30 +471,27 @@ class EMA:
             RuntimeError: the averages are applied at the moment.
         """
         self._refuse_applied("load a state")
-        facts = _checked_facts(state)
-        history = None if facts["history"] is None else History.from_dict(facts["history"])
+        facts = Facts.from_state(state)
         view = self._look()
         slots = {n: _found(view, n) for n in self._averages} or _averaged(view)
-        averages: Mapping[str, Tensor] = state["averages"]
-        _refuse_other_model(averages, slots)
-        if facts["decay"] != to_spec(self._decay):
+        averages = matched(state["averages"], view, slots)
+        if facts.decay != to_spec(self._decay):
             warnings.warn(
-                f"the state was made with {_spelled(facts['decay'])}, this EMA was built with "
+                f"the state was made with {_spelled(facts.decay)}, this EMA was built with "
                 f"{self._decay!r}, which is used from now on; to continue as before, build it with "
                 "the recorded one",
                 stacklevel=2,
             )
-        if history is None:
+        if facts.history is None:
             self.reset()
         else:
             self._take(slots, averages)
             self._drop_plan()
-            self._history, self._moments = history, Moments(**facts["moments"])
-            self._run = _runs[self._model] = history.run
-            self._weight = 1.0 - self._decay.keep(facts["clock"], 1) if facts["clock"] else 1.0
-        self._clock, self._pending = facts["clock"], facts["pending"]
-        self._updates, self._repeats = facts["updates"], facts["repeats"]
-        self._nonfinite = self._nonfinite_told = facts["nonfinite"]
+            self._history, self._moments = facts.history, facts.moments
+            self._run = _runs[self._model] = facts.history.run
+        self._clock, self._pending = facts.clock, facts.pending
+        self._updates, self._repeats = facts.updates, facts.repeats
+        self._nonfinite = self._nonfinite_told = facts.nonfinite
 
     def report(self) -> Report:
         """Say how the average stands: its horizon, its distance to the weights, what it skipped.
@@ -591,7 +586,7 @@ class EMA:
                 engine.copy(self._follow)
                 history.tick(self._decay, dt)
                 self._moments.tick(keep, dt)
-                self._clock, self._updates, self._weight = clock, self._updates + 1, 1.0 - keep
+                self._clock, self._updates = clock, self._updates + 1
 
     def _repeat(self) -> None:
         self._repeats += 1
@@ -617,7 +612,6 @@ class EMA:
         self._moments = Moments()
         self._clock = self._pending = self._updates = self._repeats = 0
         self._nonfinite = self._nonfinite_told = 0
-        self._weight = 1.0
         self._repeats_told = self._dominance_told = False
 
     def _start_from_teacher(self, view: View) -> None:
@@ -667,6 +661,17 @@ class EMA:
         for tensor, average in self._underneath:
             tensor.copy_(average)
         self._statistics, self._underneath = {}, []
+
+    def _put_back(self, aside: Aside) -> list[str]:
+        """Let the model hold its trained weights again; return what else had changed."""
+        if self._aside is None:
+            return []
+        with uninterrupted(), _writing():
+            try:
+                return aside.restore()
+            finally:
+                self._aside = None
+                _applied[:] = [ema for ema in _applied if ema is not self]
 
     # -------------------------------------------------------------- which tensors, inside
 
@@ -766,18 +771,17 @@ class EMA:
     # -------------------------------------------------------------- facts and warnings, inside
 
     def _facts(self) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "clock": self._clock,
-            "pending": self._pending,
-            "updates": self._updates,
-            "repeats": self._repeats,
-            "nonfinite": self._count_nonfinite(),
-            "policy": describe(self._policy),
-            "decay": to_spec(self._decay),
-            "history": None if self._history is None else self._history.to_dict(),
-            "moments": asdict(self._moments),
-        }
+        return Facts(
+            clock=self._clock,
+            pending=self._pending,
+            updates=self._updates,
+            repeats=self._repeats,
+            nonfinite=self._count_nonfinite(),
+            policy=describe(self._policy),
+            decay=to_spec(self._decay),
+            history=self._history,
+            moments=self._moments,
+        ).to_dict()
 
     def _count_nonfinite(self) -> int:
         return self._nonfinite + (0 if self._plan is None else self._plan.skipped())
@@ -785,7 +789,8 @@ class EMA:
     def _dead_zone(self) -> float:
         """Relative change of a weight below which one update no longer moves its average."""
         rounding = max((torch.finfo(a.dtype).eps / 2 for a in self._averages.values()), default=0.0)
-        return rounding / self._weight if self._weight else math.inf
+        weight = self._moments.newest_share
+        return rounding / weight if weight else math.inf
 
     def _refuse_applied(self, verb: str) -> None:
         if _applied:
@@ -875,11 +880,6 @@ def update_(teacher: nn.Module, student: nn.Module, decay: Constant | float = 0.
 
 
 _get: Any = dict.get  # unbound: the fastest that `map` can call
-
-_FACTS = {
-    *("format", "clock", "pending", "updates", "repeats"),
-    *("nonfinite", "decay", "history", "moments"),
-}
 
 _models = itertools.count()  # numbers the models of this process, for `_run_of`
 
@@ -1024,6 +1024,14 @@ def _checked_floor(dtype: torch.dtype | None) -> torch.dtype:
     )
 
 
+def _refuse_unwritable(dtype: torch.dtype | None) -> None:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(
+            f"weights cannot be written as {dtype!r}; pass a floating dtype such as "
+            "torch.bfloat16, or leave dtype out for the model's own"
+        )
+
+
 def _refuse_device(device: torch.device | str | None, view: View) -> None:
     if device is None:
         return
@@ -1083,56 +1091,6 @@ def _refuse_freezing() -> None:
         raise RuntimeError(
             "torch._inductor.config.freezing is on: compiled code holds copies of the weights and "
             "would not see the averages. Switch it off, or export with model_state_dict()"
-        )
-
-
-def _checked_facts(state: Mapping[str, Any]) -> dict[str, Any]:
-    if not isinstance(state, Mapping) or not {"averages", "facts"} <= set(state):
-        keys = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
-        raise ValueError(
-            f"this is no state of a polyak EMA, which has 'averages' and 'facts'; got {keys}. A "
-            "model's own state dict goes to model.load_state_dict"
-        )
-    try:
-        facts: dict[str, Any] = json.loads(state["facts"])
-        newer = facts["format"] > FORMAT
-    except (TypeError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"the facts of this state cannot be read ({error!r}), so that it is damaged or not of "
-            f"polyak: {state['facts']!r:.80}; load another checkpoint"
-        ) from None
-    if newer:
-        raise ValueError(
-            f"the state has format {facts['format']}, this polyak reads up to {FORMAT}; install "
-            "the newer polyak that wrote it"
-        )
-    missing = _FACTS - set(facts)
-    if missing or not isinstance(state["averages"], Mapping):
-        raise ValueError(
-            f"the state is incomplete: {sorted(missing) or 'averages'} missing; load another "
-            "checkpoint"
-        )
-    return facts
-
-
-def _refuse_other_model(averages: Mapping[str, Tensor], slots: Mapping[str, Slot]) -> None:
-    wrong = [f"{name}: missing in the state" for name in slots if name not in averages]
-    wrong += [f"{name}: only in the state" for name in averages if name not in slots]
-    for name, slot in slots.items():
-        if name not in averages:
-            continue
-        average = averages[name]
-        if average.shape != slot.tensor.shape:
-            shapes = tuple(average.shape), tuple(slot.tensor.shape)
-            wrong.append(f"{name}: {shapes[0]} in the state, {shapes[1]} in the model")
-        elif average.dtype != engine.average_dtype(average.dtype):
-            wrong.append(f"{name}: {average.dtype} in the state, too narrow for an average")
-        elif engine.nonfinite([average]):
-            wrong.append(f"{name}: not finite")
-    if wrong:
-        raise ValueError(
-            f"the state does not fit this EMA, and nothing was loaded:{listed(wrong)}\n"
-            "build the model and the policy as they were when it was saved"
         )
 
 

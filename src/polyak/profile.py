@@ -51,6 +51,7 @@ class Moments:
         concentration: The sum of the squared shares.
         largest_share: The largest share of a single state.
         first_share: The share of the state that the average began with.
+        newest_share: The share of the state that it has seen last.
     """
 
     mean_age: float = 0.0
@@ -58,11 +59,12 @@ class Moments:
     concentration: float = 1.0
     largest_share: float = 1.0
     first_share: float = 1.0
+    newest_share: float = 1.0
 
     def first(self) -> None:
         """Start again: the average is exactly one state, of age 0."""
         self.mean_age, self.variance = 0.0, 0.0
-        self.concentration = self.largest_share = self.first_share = 1.0
+        self.concentration = self.largest_share = self.first_share = self.newest_share = 1.0
 
     def tick(self, keep: float, dt: float) -> None:
         """Account for one update.
@@ -80,6 +82,7 @@ class Moments:
         largest = keep * self.largest_share
         self.largest_share = largest if largest > mixed else mixed
         self.first_share *= keep
+        self.newest_share = mixed
 
     @property
     def deviation(self) -> float:
@@ -399,6 +402,7 @@ def moments(history: History) -> Moments:
         concentration=torch.dot(shares, shares).item(),
         largest_share=shares.max().item(),
         first_share=shares[0].item(),
+        newest_share=shares[-1].item(),
     )
 
 

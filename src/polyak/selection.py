@@ -69,6 +69,7 @@ def everything(name: str, tensor: Tensor, module: nn.Module) -> Verdict:
 def unwrap(module: nn.Module) -> nn.Module:
     """Return the module inside DDP, ``torch.compile`` and activation-checkpoint wrappers."""
     while True:
+        module = _checked(module)
         if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             inner = module.module
         elif type(module) is _loaded("torch._dynamo.eval_frame", "OptimizedModule"):
@@ -77,7 +78,7 @@ def unwrap(module: nn.Module) -> nn.Module:
             inner = module._checkpoint_wrapped_module
         else:
             return module
-        module = _checked(inner)
+        module = inner
 
 
 @dataclass
@@ -122,7 +123,7 @@ class Tree:
         self.modules: list[nn.Module] = []
         self.links: list[tuple[dict[str, Any], str, object]] = []
         self._known: dict[object, Slot] = {}
-        self._walk(_checked(root), "")
+        self._walk(root, "")
 
     def _walk(self, module: nn.Module, prefix: str) -> None:
         inner = unwrap(module)
@@ -267,7 +268,7 @@ class View:
                     yield f"{name}: not in the teacher"
                 elif met.setdefault(mine.name, slot) is not slot:
                     yield f"{name}: tied to {mine.name} in the teacher, not in the model"
-                elif mine.tensor is slot.tensor:
+                elif {*_identities(mine.tensor)} & {*_identities(slot.tensor)}:
                     yield f"{name}: the same tensor in both; the teacher needs its own"
                 elif mine.tensor.shape != slot.tensor.shape:
                     shapes = tuple(mine.tensor.shape), tuple(slot.tensor.shape)
@@ -307,7 +308,10 @@ def _loaded(module: str, name: str) -> type | None:
 
 def _checked(module: object) -> nn.Module:
     if not isinstance(module, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module, got {type(module).__name__}: {module!r:.80}")
+        raise TypeError(
+            f"expected a torch.nn.Module, got {type(module).__name__}; pass the model itself, not "
+            "its parameters or its state dict"
+        )
     fsdp1 = _loaded(
         "torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel"
     )

@@ -109,7 +109,8 @@ def lerp(plan: Plan, weight: float | Tensor) -> None:
     """Move each target towards its source: ``target += weight * (source - target)``.
 
     An element whose new value would not be finite keeps the old one and is counted. The lerp form
-    is torch's, whose fixed point is exact: where source and target are equal nothing changes.
+    is torch's, whose fixed point is exact: where source and target are equal nothing changes. A
+    complex element is two real ones.
 
     Args:
         plan: what to write from what.
@@ -173,8 +174,8 @@ def distance(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> tuple[floa
     for target, source in zip(map(local, targets), map(local, sources), strict=True):
         for t, s in foreach.pieces(*_real(target, source)):
             wide = s.to(t.device, torch.float64)
-            squares[0] += float((t.double() - wide).square_().sum())
-            squares[1] += float(wide.square_().sum())
+            squares[0] += float((t.double() - wide).square().sum())
+            squares[1] += float(wide.square().sum())
     return squares[0], squares[1]
 
 
