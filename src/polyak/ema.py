@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from polyak import batchnorm, engine, files
+from polyak import batchnorm, checks, engine, files
 from polyak.attach import Attachment
 from polyak.decay import Constant, Decay, DecayLike, PowerLaw, as_decay, from_spec, to_spec
 from polyak.profile import History, Moments
@@ -140,13 +140,13 @@ class EMA:
         self._teacher = None if into is None else unwrap(into)
         self._decay: Decay = PowerLaw(0.10) if decay is None else as_decay(decay)
         self._policy = policy or (trainable if into is None else everything)
-        self._floor = _checked_floor(dtype)
+        self._floor = checks.checked_floor(dtype)
         self._run = _run_of(self._model)
         self._attachments: list[Attachment] = []
         self._aside: Aside | None = None
         view = self._walk()
-        _refuse_nothing(view, self._policy)
-        _refuse_device(device, view)
+        checks.refuse_nothing(view, self._policy)
+        checks.refuse_device(device, view)
         self._start_over()
         if self._teacher is not None:
             self._start_from_teacher(view)
@@ -192,7 +192,7 @@ class EMA:
                 "update() would tick twice per step and halve the horizon. Delete the call, or "
                 "remove() the handle that attach returned"
             )
-        self._update(self._clock + 1 if t is None else _checked_clock(t))
+        self._update(self._clock + 1 if t is None else checks.checked_clock(t))
 
     def attach(
         self, optimizer: torch.optim.Optimizer, *, every: int = 1, tick: int = 1
@@ -216,7 +216,7 @@ class EMA:
             ValueError: it is attached already, ``every`` or ``tick`` is not positive, or the
                 optimizer would train the teacher.
         """
-        every, tick = _positive("every", every), _positive("tick", tick)
+        every, tick = checks.positive("every", every), checks.positive("tick", tick)
 
         def after() -> None:
             self._pending += tick
@@ -286,7 +286,7 @@ class EMA:
             yield MappingProxyType(self._aside.state_dict())
             return
         self._refuse_applied("apply the averages")
-        _refuse_freezing()
+        checks.refuse_freezing()
         view = self._look()
         self._warn_of_dominance(stacklevel=5)
         self._warn_of_nonfinite()
@@ -378,7 +378,7 @@ class EMA:
                 not what they were.
             OSError: the file cannot be written; an older one of that name is untouched.
         """
-        _refuse_unwritable(dtype)
+        checks.refuse_unwritable(dtype)
         view = self._look()
         exported = self._exported(view)
         sharded = [key for key, value in exported.items() if engine.is_sharded(value)]
@@ -563,7 +563,7 @@ class EMA:
     def _begin(self, clock: int) -> None:
         """See the weights for the first time: copy them."""
         view = self._walk()
-        _refuse_nothing(view, self._policy)
+        checks.refuse_nothing(view, self._policy)
         averages = self._copied(_averaged(view))
         with uninterrupted():
             self._averages, self._clock, self._updates = averages, clock, 1
@@ -576,7 +576,7 @@ class EMA:
         keep = self._decay.keep(clock, dt)
         with _writing():
             plan = self._current_plan()
-            _refuse_capture(self._averages)
+            checks.refuse_capture(self._averages)
             with uninterrupted():
                 if self._view is not None and self._view.teacher is not None:
                     engine.reshard(self._view.teacher.modules)
@@ -618,8 +618,8 @@ class EMA:
         """Let the averages live in the teacher: in its own tensors where they are wide enough."""
         homes = {name: view.home(name) for name in view.average}
         mine = {name: home for name, home in homes.items() if home is not None}
-        _refuse_no_data(mine)
-        _refuse_nonfinite({name: home.tensor for name, home in mine.items()})
+        checks.refuse_no_data(mine)
+        checks.refuse_nonfinite({name: home.tensor for name, home in mine.items()})
         for name, home in mine.items():
             wide = torch.promote_types(home.tensor.dtype, _found(view, name).tensor.dtype)
             dtype = engine.average_dtype(wide, self._floor)
@@ -631,9 +631,9 @@ class EMA:
 
     def _copied(self, slots: Mapping[str, Slot]) -> dict[str, Tensor]:
         """Return copies of the model's tensors in the dtype of averages."""
-        _refuse_no_data(slots)
+        checks.refuse_no_data(slots)
         tensors = {name: _trained(slot.tensor) for name, slot in slots.items()}
-        _refuse_nonfinite(tensors)
+        checks.refuse_nonfinite(tensors)
         copies = {name: self._empty(tensor) for name, tensor in tensors.items()}
         with _writing():
             engine.copy(engine.Plan(list(copies.values()), list(tensors.values())))
@@ -978,120 +978,6 @@ def _lazy(tensor: Tensor, dtype: torch.dtype | None) -> files.Lazy:
     elif tensor.is_complex():
         dtype = dtype.to_complex()
     return files.Lazy(dtype, tensor.shape, partial(tensor.to, dtype))
-
-
-def _checked_clock(t: object) -> int:
-    if isinstance(t, nn.Module):
-        raise TypeError(
-            f"update takes the clock, got a model ({type(t).__name__}): the EMA knows its model. "
-            "Call update() after each optimizer step, or update(step)"
-        )
-    return _integer("t", t)
-
-
-def _positive(name: str, value: object) -> int:
-    number = _integer(name, value)
-    if number < 1:
-        raise ValueError(f"{name} must be 1 or more, got {number}")
-    return number
-
-
-def _integer(name: str, value: Any) -> int:
-    try:
-        if not isinstance(value, bool):
-            return int(operator.index(value))
-    except TypeError:
-        pass
-    raise TypeError(
-        f"{name} counts optimizer steps (or images, or tokens) and must be an integer, got "
-        f"{value!r} ({type(value).__name__})"
-    )
-
-
-def _checked_floor(dtype: torch.dtype | None) -> torch.dtype:
-    if dtype in (None, torch.float32):
-        return torch.float32
-    if dtype == torch.float64:
-        return torch.float64
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype!r}")
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
-    zone = torch.finfo(dtype).eps / 2 / 1e-3
-    raise ValueError(
-        f"averages in {dtype} would stand still: at decay 0.999 they ignore any relative change of "
-        f"the weights below {zone:.2g}, in float32 below 6e-05. Leave dtype out for float32"
-    )
-
-
-def _refuse_unwritable(dtype: torch.dtype | None) -> None:
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(
-            f"weights cannot be written as {dtype!r}; pass a floating dtype such as "
-            "torch.bfloat16, or leave dtype out for the model's own"
-        )
-
-
-def _refuse_device(device: torch.device | str | None, view: View) -> None:
-    if device is None:
-        return
-    wanted, others = torch.device(device), {slot.tensor.device for slot in view.tree.slots}
-    if wanted not in others and wanted.index is None:
-        others = {torch.device(other.type) for other in others}
-    if others != {wanted}:
-        raise ValueError(
-            f"averages on {wanted} for a model on {', '.join(sorted(map(str, others)))} are not to "
-            "be had; leave device out, and each average is beside its parameter"
-        )
-
-
-def _refuse_nothing(view: View, policy: Policy) -> None:
-    if view.average:
-        return
-    slots = view.tree.slots
-    frozen = not any(slot.tensor.requires_grad for slot in slots)
-    why = " (all parameters are frozen, no running statistics)" if slots and frozen else ""
-    raise ValueError(
-        f"nothing to average: the policy {describe(policy)!r} averages none of the {len(slots)} "
-        f"tensors{why}. Unfreeze before building the EMA, or pass policy=everything"
-    )
-
-
-def _refuse_no_data(slots: Mapping[str, Slot]) -> None:
-    meta = [name for name, slot in slots.items() if slot.tensor.is_meta]
-    if meta:
-        raise ValueError(
-            f"{len(meta)} tensors are on the meta device and have no values to average:"
-            f"{listed(meta)}\nmaterialize the model and load its weights before the first update"
-        )
-
-
-def _refuse_nonfinite(tensors: Mapping[str, Tensor]) -> None:
-    names = list(tensors)
-    wrong = [names[i] for i in engine.nonfinite(list(tensors.values()))]
-    if wrong:
-        raise ValueError(
-            f"{len(wrong)} tensors to start an average from are not finite:{listed(wrong)}\n"
-            "start before the weights diverge; if a mask of infinities is among them, let the "
-            "policy say 'follow' for it"
-        )
-
-
-def _refuse_capture(averages: Mapping[str, Tensor]) -> None:
-    if any(a.is_cuda for a in averages.values()) and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "update() would be captured with the decay of this one step; call it after "
-            "graph.replay() instead"
-        )
-
-
-def _refuse_freezing() -> None:
-    config = sys.modules.get("torch._inductor.config")
-    if getattr(config, "freezing", False):
-        raise RuntimeError(
-            "torch._inductor.config.freezing is on: compiled code holds copies of the weights and "
-            "would not see the averages. Switch it off, or export with model_state_dict()"
-        )
 
 
 def _spelled(spec: Any) -> str:

@@ -1,0 +1,139 @@
+"""CHECKS: bad input, and what to type instead. They read, raise, and know no EMA."""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polyak import engine
+from polyak.selection import Policy, Slot, View, describe, listed
+
+
+def checked_clock(t: object) -> int:
+    """Return a clock as an integer."""
+    if isinstance(t, nn.Module):
+        raise TypeError(
+            f"update takes the clock, got a model ({type(t).__name__}): the EMA knows its model. "
+            "Call update() after each optimizer step, or update(step)"
+        )
+    return _integer("t", t)
+
+
+def positive(name: str, value: object) -> int:
+    """Return a count of 1 or more."""
+    number = _integer(name, value)
+    if number < 1:
+        raise ValueError(f"{name} must be 1 or more, got {number}")
+    return number
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        if not isinstance(value, bool):
+            return int(operator.index(value))
+    except TypeError:
+        pass
+    raise TypeError(
+        f"{name} counts optimizer steps (or images, or tokens) and must be an integer, got "
+        f"{value!r} ({type(value).__name__})"
+    )
+
+
+def checked_floor(dtype: torch.dtype | None) -> torch.dtype:
+    """Return the least dtype of averages."""
+    if dtype in (None, torch.float32):
+        return torch.float32
+    if dtype == torch.float64:
+        return torch.float64
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype!r}")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+    zone = torch.finfo(dtype).eps / 2 / 1e-3
+    raise ValueError(
+        f"averages in {dtype} would stand still: at decay 0.999 they ignore any relative change of "
+        f"the weights below {zone:.2g}, in float32 below 6e-05. Leave dtype out for float32"
+    )
+
+
+def refuse_unwritable(dtype: torch.dtype | None) -> None:
+    """Refuse a dtype that weights are not written in."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(
+            f"weights cannot be written as {dtype!r}; pass a floating dtype such as "
+            "torch.bfloat16, or leave dtype out for the model's own"
+        )
+
+
+def refuse_device(device: torch.device | str | None, view: View) -> None:
+    """Refuse a device that the model is not on."""
+    if device is None:
+        return
+    wanted, others = torch.device(device), {slot.tensor.device for slot in view.tree.slots}
+    if wanted not in others and wanted.index is None:
+        others = {torch.device(other.type) for other in others}
+    if others != {wanted}:
+        raise ValueError(
+            f"averages on {wanted} for a model on {', '.join(sorted(map(str, others)))} are not to "
+            "be had; leave device out, and each average is beside its parameter"
+        )
+
+
+def refuse_nothing(view: View, policy: Policy) -> None:
+    """Refuse a policy that averages nothing."""
+    if view.average:
+        return
+    slots = view.tree.slots
+    frozen = not any(slot.tensor.requires_grad for slot in slots)
+    why = " (all parameters are frozen, no running statistics)" if slots and frozen else ""
+    raise ValueError(
+        f"nothing to average: the policy {describe(policy)!r} averages none of the {len(slots)} "
+        f"tensors{why}. Unfreeze before building the EMA, or pass policy=everything"
+    )
+
+
+def refuse_no_data(slots: Mapping[str, Slot]) -> None:
+    """Refuse tensors that have no values yet."""
+    meta = [name for name, slot in slots.items() if slot.tensor.is_meta]
+    if meta:
+        raise ValueError(
+            f"{len(meta)} tensors are on the meta device and have no values to average:"
+            f"{listed(meta)}\nmaterialize the model and load its weights before the first update"
+        )
+
+
+def refuse_nonfinite(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse to start an average from a NaN or an infinity."""
+    names = list(tensors)
+    wrong = [names[i] for i in engine.nonfinite(list(tensors.values()))]
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} tensors to start an average from are not finite:{listed(wrong)}\n"
+            "start before the weights diverge; if a mask of infinities is among them, let the "
+            "policy say 'follow' for it"
+        )
+
+
+def refuse_capture(averages: Mapping[str, Tensor]) -> None:
+    """Refuse to be recorded into a CUDA graph."""
+    first = next(iter(averages.values()), None)
+    if first is not None and first.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "update() would be captured with the decay of this one step; call it after "
+            "graph.replay() instead"
+        )
+
+
+def refuse_freezing() -> None:
+    """Refuse compiled code that holds copies of the weights."""
+    config = sys.modules.get("torch._inductor.config")
+    if getattr(config, "freezing", False):
+        raise RuntimeError(
+            "torch._inductor.config.freezing is on: compiled code holds copies of the weights and "
+            "would not see the averages. Switch it off, or export with model_state_dict()"
+        )
