@@ -436,7 +436,7 @@ OUT_OF_RANGE = [
         lambda: Constant(-0.001),
         r"decay must be between 0 and 1, got -0\.001: .*Was 1 - decay meant",
     ),
-    (lambda: Constant(1.5), r"got 1\.5: .*momentum or tau.* such as 0\.999; for a horizon in"),
+    (lambda: Constant(1.5), r"got 1\.5: .*momentum or tau.* such as 0\.999$"),
     (lambda: Constant(1000), r"got 1000: .*; for a horizon in ticks, HalfLife\(1000\)"),
     (lambda: Constant(math.nan), "decay must be finite, got nan: write"),
     (lambda: Constant(10**400), "decay must be finite, got 1000"),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from polyak import engine
-from polyak.selection import Policy, Slot, View, describe, listed
+from polyak.selection import Policy, Slot, View, describe, listed, trainable
 
 
 def checked_clock(t: object) -> int:
@@ -28,7 +28,7 @@ def positive(name: str, value: object) -> int:
     """Return a count of 1 or more."""
     number = _integer(name, value)
     if number < 1:
-        raise ValueError(f"{name} must be 1 or more, got {number}")
+        raise ValueError(f"{name} must be 1 or more, got {number}; leave it out for 1")
     return number
 
 
@@ -40,7 +40,7 @@ def _integer(name: str, value: Any) -> int:
         pass
     raise TypeError(
         f"{name} counts optimizer steps (or images, or tokens) and must be an integer, got "
-        f"{value!r} ({type(value).__name__})"
+        f"{value!r} ({type(value).__name__}); pass the count, or leave it out to go on by 1"
     )
 
 
@@ -89,11 +89,15 @@ def refuse_nothing(view: View, policy: Policy) -> None:
     if view.average:
         return
     slots = view.tree.slots
-    frozen = not any(slot.tensor.requires_grad for slot in slots)
-    why = " (all parameters are frozen, no running statistics)" if slots and frozen else ""
+    why, remedy = "", "let it return 'average' for some of them"
+    if not slots:
+        remedy = "pass a model that has parameters"
+    elif not any(slot.tensor.requires_grad for slot in slots) and policy is trainable:
+        why = " (all parameters are frozen, no running statistics)"
+        remedy = "unfreeze before building the EMA, or pass policy=everything"
     raise ValueError(
         f"nothing to average: the policy {describe(policy)!r} averages none of the {len(slots)} "
-        f"tensors{why}. Unfreeze before building the EMA, or pass policy=everything"
+        f"tensors{why}; {remedy}"
     )
 
 

@@ -553,7 +553,7 @@ def as_decay(value: float | DecayLike) -> Decay:
     """
     if isinstance(value, Decay):
         return value
-    if isinstance(value, type):
+    if isinstance(value, type) and issubclass(value, Decay):
         raise TypeError(
             f"a decay is a value, and {value.__name__} is a class: write {value.__name__}(...)"
         )
@@ -715,7 +715,7 @@ def _number(name: str, value: Any) -> float:
 def _share(name: str, value: Any) -> float:
     share = _number(name, value)
     if not 0 <= share <= 1:
-        ticks = f"; for a horizon in ticks, HalfLife({value!r})" if share > 1 else ""
+        ticks = f"; for a horizon in ticks, HalfLife({value!r})" if share >= 2 else ""
         raise ValueError(
             f"{name} must be between 0 and 1, got {value!r}: it is the share of the old average "
             "that a tick keeps. Was 1 - decay meant, the share that is replaced (momentum or tau "

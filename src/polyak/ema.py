@@ -222,14 +222,16 @@ class EMA:
             self._pending += tick
             if self._pending >= every * tick:
                 self._update(self._clock + self._pending)
-                self._pending = 0
 
         attachment = Attachment(
             optimizer, before=partial(self._refuse_applied, "step the optimizer"), after=after
         )
         wrong = None
         if any(a.active and a.optimizer is optimizer for a in self._attachments):
-            wrong = "this optimizer is attached already: it would tick twice per step"
+            wrong = (
+                "this optimizer is attached already, and would tick twice per step; remove() the "
+                "handle of the first attach to attach it anew"
+            )
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if self._teacher and any(id(p) in trained for p in self._teacher.parameters()):
             wrong = (
@@ -349,7 +351,10 @@ class EMA:
             if key in slots and slots[key].tensor.shape != value.shape
         ]
         if wrong:
-            raise ValueError(f"the averages do not fit {type(module).__name__}:{listed(wrong)}")
+            raise ValueError(
+                f"the averages do not fit {type(module).__name__}:{listed(wrong)}\n"
+                "build the module as the model was, or pick by name from ema.averages"
+            )
         with _writing():
             targets = [slots[key].tensor for key in exported]
             engine.copy(engine.Plan(targets, list(exported.values())))
@@ -482,16 +487,17 @@ class EMA:
                 "the recorded one",
                 stacklevel=2,
             )
-        if facts.history is None:
-            self.reset()
-        else:
-            self._take(slots, averages)
-            self._drop_plan()
-            self._history, self._moments = facts.history, facts.moments
-            self._run = _runs[self._model] = facts.history.run
-        self._clock, self._pending = facts.clock, facts.pending
-        self._updates, self._repeats = facts.updates, facts.repeats
-        self._nonfinite = self._nonfinite_told = facts.nonfinite
+        with uninterrupted():
+            if facts.history is None:
+                self.reset()
+            else:
+                self._take(slots, averages)
+                self._drop_plan()
+                self._history, self._moments = facts.history, facts.moments
+                self._run = _runs[self._model] = facts.history.run
+            self._clock, self._pending = facts.clock, facts.pending
+            self._updates, self._repeats = facts.updates, facts.repeats
+            self._nonfinite = self._nonfinite_told = facts.nonfinite
 
     def report(self) -> Report:
         """Say how the average stands: its horizon, its distance to the weights, what it skipped.
@@ -566,7 +572,7 @@ class EMA:
         checks.refuse_nothing(view, self._policy)
         averages = self._copied(_averaged(view))
         with uninterrupted():
-            self._averages, self._clock, self._updates = averages, clock, 1
+            self._averages, self._clock, self._updates, self._pending = averages, clock, 1, 0
             self._dtypes = {name: slot.tensor.dtype for name, slot in _averaged(view).items()}
             self._history = History(self._run, clock)
             self._moments.first()
@@ -586,7 +592,7 @@ class EMA:
                 engine.copy(self._follow)
                 history.tick(self._decay, dt)
                 self._moments.tick(keep, dt)
-                self._clock, self._updates = clock, self._updates + 1
+                self._clock, self._updates, self._pending = clock, self._updates + 1, 0
 
     def _repeat(self) -> None:
         self._repeats += 1
@@ -708,7 +714,8 @@ class EMA:
         if wrong:
             raise ValueError(
                 f"the model is not the one that was averaged so far:{listed(wrong)}\n"
-                "change the model before the first update, or call reset() to begin a new average"
+                "change or convert the model before the first update, or call reset() to begin a "
+                "new average"
             )
 
     def _place(self, view: View) -> None:

@@ -189,7 +189,10 @@ def decide(tree: Tree, policy: Policy) -> dict[str, Verdict]:
         ]
         verdicts[slot.name] = said[slot.name]
     if wrong:
-        raise ValueError(f"the policy {describe(policy)} is unclear:{listed(wrong)}")
+        raise ValueError(
+            f"the policy {describe(policy)} is unclear:{listed(wrong)}\n"
+            "return one of the three words, the same for all names of a tensor"
+        )
     return verdicts
 
 
@@ -226,7 +229,8 @@ class View:
         if wrong:
             raise ValueError(
                 f"teacher and model do not match:{listed(wrong)}\n"
-                "build both from the same code, or let the policy say 'leave' where they differ"
+                "build both from the same code (teacher = copy.deepcopy(model)), or let the policy "
+                "say 'leave' where they are meant to differ"
             )
         for mine in self.teacher.slots:
             slot = self.slot(mine.name)
