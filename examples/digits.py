@@ -38,7 +38,6 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from load_without_polyak import Network, accuracy, load_halves
 from polyak import EMA, Debiased, PowerLaw, Uniform
 from polyak.decay import Decay
-from polyak.files import read_facts
 from polyak.profile import History, weights
 
 DECAYS: dict[str, Decay] = {
@@ -438,9 +437,7 @@ def main(
         "Trained weights, optimizer state and random numbers are bit-identical to those of a run "
         "without polyak."
     )
-    histories = {
-        name: History.from_dict(read_facts(path)["history"]) for name, path in paths["CNN"].items()
-    }
+    histories = {name: ema.history for name, ema in runs["CNN"].averages.items() if ema.history}
     picture = picture or out / "digits.png"
     draw(curves, histories, f"{shaken.name}, seed 0", picture)
 

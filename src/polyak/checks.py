@@ -40,7 +40,7 @@ def _integer(name: str, value: Any) -> int:
         pass
     raise TypeError(
         f"{name} counts optimizer steps (or images, or tokens) and must be an integer, got "
-        f"{value!r} ({type(value).__name__}); pass the count, or leave it out to go on by 1"
+        f"{value!r} ({type(value).__name__}); pass the count, or leave {name} out"
     )
 
 

@@ -571,10 +571,15 @@ def as_decay(value: float | DecayLike) -> Decay:
             "0.999, or Constant(1.0) if an average that never moves is meant"
         )
     if decay.decay < 0.1:
+        meant = "the average would be a copy of the last weights"
+        if decay.decay > 0:
+            meant = (
+                "if it was the share that is replaced (momentum or tau in some libraries), write "
+                f"{Constant(1 - decay.decay)!r}"
+            )
         warnings.warn(
-            f"decay={value!r} keeps only {decay.decay:.2%} of the old average at each tick. If it "
-            "was the share that is replaced (momentum or tau in some libraries), write "
-            f"{Constant(1 - decay.decay)!r}; if it is meant, write {decay!r}",
+            f"decay={value!r} keeps only {decay.decay:.2%} of the old average at each tick; "
+            f"{meant}; if it is meant, write {decay!r}",
             UserWarning,
             stacklevel=3,
         )

@@ -273,8 +273,9 @@ class EMA:
         """Let the model hold the averages inside the block, and its trained weights after it.
 
         The same tensors are written in place, so that it is safe with DDP, FSDP2, ``torch.compile``
-        and tied weights. Weights and buffers come back bit for bit, whatever happens in the block.
-        On the same EMA it may be nested.
+        and tied weights. The averaged weights and all buffers come back bit for bit, whatever
+        happens in the block (frozen parameters are not copied aside: do not write to them). On the
+        same EMA it may be nested.
 
         Yields:
             The state dict of the trained model, for whoever must save it inside.
@@ -320,10 +321,10 @@ class EMA:
         """Return copies of the averaged model, with the keys of its ``state_dict()``.
 
         In the model's dtypes; what is not averaged is the model's own. A plain model loads it with
-        ``load_state_dict(..., strict=True)``.
+        ``load_state_dict(..., strict=True)``. State dict hooks of the model are not run.
         """
         view = self._look()
-        extra = {key: module.get_extra_state() for key, module in view.tree.extra.items()}
+        extra = {key: make() for key, make in view.tree.extra.items()}
         with _writing():
             copies = {
                 key: value.to(view.tree.by_name[key].tensor.dtype, copy=True)
@@ -401,6 +402,12 @@ class EMA:
             )
         self._warn_of_dominance(stacklevel=3)
         self._warn_of_nonfinite()
+        if view.tree.extra and not averages_only:
+            warnings.warn(
+                "what is no dense tensor cannot be written to this file, and is left out:"
+                f"{listed(view.tree.extra)}\nmodel_state_dict() has it, for torch.save",
+                stacklevel=2,
+            )
         names = set(self._averages or view.average)
         averaged = [key for key in exported if view.name(key) in names]
         tensors = {}
@@ -411,6 +418,7 @@ class EMA:
             "producer": f"polyak {importlib.metadata.version('polyak')}",
             "averaged": averaged,
             "reestimated": sorted(self._statistics),
+            "left_out": sorted(view.tree.extra),
         }
         files.write(path, tensors, self._facts() | facts)
 

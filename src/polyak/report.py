@@ -56,7 +56,7 @@ class Report:
         rows = {
             "decay": self.decay,
             "clock": f"{self.clock:,} after {self.updates:,} updates, {self.repeats:,} repeated",
-            "mean age": f"{self.mean_age:,.1f} ± {self.deviation:,.1f}",
+            "mean age": f"{self.mean_age:,.1f} ± {self.deviation:,.1f} on the clock",
             "effective samples": f"{self.effective_samples:,.1f}",
             "largest share of a state": f"{self.largest_share:.2%}",
             "distance to the weights": f"{self.distance:.2%}",

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -45,7 +46,7 @@ def trainable(name: str, tensor: Tensor, module: nn.Module) -> Verdict:
     >>> trainable("weight", nn.Linear(2, 2).weight, nn.Linear(2, 2))
     'average'
     """
-    if _is_cache(name, module):
+    if _is_cache(name, tensor, module):
         return "leave"
     if not is_floating(tensor):
         return "follow"
@@ -61,7 +62,7 @@ def everything(name: str, tensor: Tensor, module: nn.Module) -> Verdict:
     >>> everything("num_batches_tracked", nn.BatchNorm1d(2).num_batches_tracked, nn.BatchNorm1d(2))
     'follow'
     """
-    if _is_cache(name, module):
+    if _is_cache(name, tensor, module):
         return "leave"
     return "average" if is_floating(tensor) else "follow"
 
@@ -109,7 +110,8 @@ class Tree:
         slots: the distinct tensors.
         by_name: name -> slot; a tied tensor is there under each of its names.
         keys: the keys of the plain model's ``state_dict()``, in its order.
-        extra: key -> module, for modules that have an extra state.
+        extra: key -> function that gives a copy of what stands there in the state dict and is
+            never averaged: the extra state of a module, a sparse buffer.
         modules: every module, each wrapper included.
         links: (dictionary, key, value) that lead to the tensors: while they all hold, so does
             the walk.
@@ -119,7 +121,7 @@ class Tree:
         self.slots: list[Slot] = []
         self.by_name: dict[str, Slot] = {}
         self.keys: list[str] = []
-        self.extra: dict[str, nn.Module] = {}
+        self.extra: dict[str, Callable[[], object]] = {}
         self.modules: list[nn.Module] = []
         self.links: list[tuple[dict[str, Any], str, object]] = []
         self._known: dict[object, Slot] = {}
@@ -140,7 +142,7 @@ class Tree:
                     self._add(module, owner, prefix + key, key, tensor)
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             self.keys.append(f"{prefix}_extra_state")
-            self.extra[self.keys[-1]] = module
+            self.extra[self.keys[-1]] = module.get_extra_state
         for key, child in module._modules.items():
             if child is not None:
                 self.links.append((module._modules, key, child))
@@ -153,8 +155,18 @@ class Tree:
             raise ValueError(
                 f"{name} has no shape yet (a lazy module); run one forward pass, then build the EMA"
             )
-        identities = list(_identities(tensor))
         persistent = key not in module._non_persistent_buffers_set
+        if tensor.layout != torch.strided:
+            if tensor.requires_grad:
+                raise ValueError(
+                    f"{name} is a parameter in the layout {tensor.layout}, of which averages are "
+                    "not to be had; keep it dense (nn.Parameter(x.to_dense()))"
+                )
+            if persistent:
+                self.keys.append(name)
+                self.extra[name] = tensor.clone
+            return
+        identities = list(_identities(tensor))
         slot = next((self._known[i] for i in identities if i in self._known), None)
         if slot is None:
             slot = Slot(tensor, module, [], [], persistent)
@@ -335,8 +347,10 @@ def _identities(tensor: Tensor) -> Iterator[object]:
         yield tensor.device, pointer, tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _is_cache(name: str, module: nn.Module) -> bool:
-    return _key(name) in module._non_persistent_buffers_set
+def _is_cache(name: str, tensor: Tensor, module: nn.Module) -> bool:
+    """Whether a module makes it for itself: not in the state dict, or an expanded constant."""
+    expanded = 0 in (s for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1)
+    return expanded or _key(name) in module._non_persistent_buffers_set
 
 
 def _key(name: str) -> str:

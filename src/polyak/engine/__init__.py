@@ -162,7 +162,8 @@ def same(tensor: Tensor, seen: Tensor) -> bool:
 
 def nonfinite(tensors: Sequence[Tensor]) -> list[int]:
     """Return the indices of the tensors whose local part has a NaN or an infinity. Syncs."""
-    return [i for i, t in enumerate(tensors) if not bool(torch.isfinite(local(t)).all())]
+    wide = (t.float() if t.dtype.itemsize == 1 else t for t in map(local, tensors))
+    return [i for i, t in enumerate(wide) if not bool(torch.isfinite(t).all())]
 
 
 def distance(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> tuple[float, float]:
