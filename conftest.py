@@ -12,7 +12,6 @@ import torch
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
-
 torch.set_num_threads(1)
 
 

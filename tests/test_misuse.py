@@ -415,7 +415,7 @@ def test_what_is_no_clock() -> None:
         with refused(
             TypeError,
             r"t counts optimizer steps .* must be an integer, got .*\((float|bool|str|Tensor)\).*"
-            "pass the count, or leave it out",
+            "pass the count, or leave t out",
             ema,
             model,
         ):

@@ -1,4 +1,4 @@
-"""Tensors that are not plain: sparse, expanded, one byte wide; and state that is no tensor at all."""
+"""Tensors that are not plain (sparse, expanded, one byte wide), and state that is no tensor."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+
 from polyak import EMA, everything, trainable
 from polyak.files import read, read_facts
-from torch import nn
 
 
 class Graph(nn.Module):
