@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -53,13 +55,13 @@ SURFACE = {
     "EMA.decay": "property",
     "EMA.history": "property",
     "EMA.load_state_dict": "(self, state: 'Mapping[str, Any]') -> 'None'",
-    "EMA.model_state_dict": "(self) -> 'dict[str, Any]'",
+    "EMA.model_state_dict": "(self, part: 'str' = '') -> 'dict[str, Any]'",
     "EMA.reestimate_statistics": "(self, batches: 'Iterable[Any]', "
     "limit: 'int | None' = None) -> 'None'",
     "EMA.report": "(self) -> 'Report'",
     "EMA.reset": "(self) -> 'None'",
-    "EMA.save": "(self, path: 'str | os.PathLike[str]', *, dtype: 'torch.dtype | None' = None, "
-    "averages_only: 'bool' = False) -> 'None'",
+    "EMA.save": "(self, path: 'str | os.PathLike[str]', *, part: 'str' = '', "
+    "dtype: 'torch.dtype | None' = None, averages_only: 'bool' = False) -> 'None'",
     "EMA.state_dict": "(self) -> 'dict[str, Any]'",
     "EMA.update": "(self, t: 'int | None' = None) -> 'None'",
     "After": "(start: 'int', inner: 'float | DecayLike') -> 'None'",
@@ -68,6 +70,7 @@ SURFACE = {
     "Debiased": "(inner: 'float | Constant | HalfLife') -> 'None'",
     "HalfLife": "(half_life: 'float') -> None",
     "Linear": "(start: 'float', end: 'float', steps: 'int') -> None",
+    "Only": "(*parts: 'str', policy: 'Policy' = <function everything>) -> 'None'",
     "PowerLaw": "(std: 'float') -> None",
     "Uniform": "() -> None",
     "everything": "(name: 'str', tensor: 'Tensor', module: 'nn.Module') -> 'Verdict'",
@@ -77,17 +80,21 @@ SURFACE = {
 }
 
 
+def signature(value: Callable[..., object]) -> str:
+    return re.sub(r" at 0x[0-9a-f]+", "", str(inspect.signature(value)))
+
+
 def surface() -> dict[str, str]:
     found = {}
     for name in polyak.__all__:
         value = getattr(polyak, name)
-        found[name] = str(inspect.signature(value))
+        found[name] = signature(value)
         if value is polyak.EMA:
             for key, member in vars(value).items():
                 if isinstance(member, property):
                     found[f"{name}.{key}"] = "property"
                 elif inspect.isfunction(member) and not key.startswith("_"):
-                    found[f"{name}.{key}"] = str(inspect.signature(member))
+                    found[f"{name}.{key}"] = signature(member)
     return found
 
 

@@ -13,7 +13,7 @@ from polyak.decay import (
     Uniform,
 )
 from polyak.ema import EMA, update_
-from polyak.selection import everything, trainable
+from polyak.selection import Only, everything, trainable
 
 __version__ = version("polyak")
 
@@ -25,6 +25,7 @@ __all__ = [
     "Debiased",
     "HalfLife",
     "Linear",
+    "Only",
     "PowerLaw",
     "Uniform",
     "everything",

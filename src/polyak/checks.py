@@ -111,6 +111,18 @@ def refuse_no_data(slots: Mapping[str, Slot]) -> None:
         )
 
 
+def refuse_trained_teacher(view: View) -> None:
+    """Refuse averages that take gradients."""
+    homes = map(view.home, view.average)
+    trained = [home.name for home in homes if home is not None and home.tensor.requires_grad]
+    if trained:
+        raise RuntimeError(
+            f"{len(trained)} tensors of the teacher take gradients:{listed(trained)}\n"
+            "it is an average and must not be trained: call teacher.requires_grad_(False), and "
+            "keep its parameters out of the optimizer"
+        )
+
+
 def refuse_nonfinite(tensors: Mapping[str, Tensor]) -> None:
     """Refuse to start an average from a NaN or an infinity."""
     names = list(tensors)

@@ -317,20 +317,28 @@ class EMA:
                     "make such changes outside of the block"
                 )
 
-    def model_state_dict(self) -> dict[str, Any]:
+    def model_state_dict(self, part: str = "") -> dict[str, Any]:
         """Return copies of the averaged model, with the keys of its ``state_dict()``.
 
         In the model's dtypes; what is not averaged is the model's own. A plain model loads it with
         ``load_state_dict(..., strict=True)``. State dict hooks of the model are not run.
+
+        Args:
+            part: the name of a module in it, to get that module alone under its own names.
+
+        Raises:
+            ValueError: there is no such part, or the model's tensors are not what they were.
         """
         view = self._look()
-        extra = {key: make() for key, make in view.tree.extra.items()}
+        names = _names_in(view.tree, part)
+        exported = self._exported(view)
         with _writing():
-            copies = {
-                key: value.to(view.tree.by_name[key].tensor.dtype, copy=True)
-                for key, value in self._exported(view).items()
+            return {
+                name: exported[key].to(view.tree.by_name[key].tensor.dtype, copy=True)
+                if key in exported
+                else view.tree.extra[key]()
+                for key, name in names.items()
             }
-        return {key: extra[key] if key in extra else copies[key] for key in view.tree.keys}
 
     def copy_to(self, module: nn.Module) -> None:
         """Write the averaged model into a module of the same names, the model itself included.
@@ -364,6 +372,7 @@ class EMA:
         self,
         path: str | os.PathLike[str],
         *,
+        part: str = "",
         dtype: torch.dtype | None = None,
         averages_only: bool = False,
     ) -> None:
@@ -375,6 +384,7 @@ class EMA:
 
         Args:
             path: the file; its folder must exist.
+            part: the name of a module in it, to write that module alone under its own names.
             dtype: of all floating tensors; by default the model's own, with ``averages_only``
                 that of the averages.
             averages_only: leave out what merely follows the model (LoRA: adapters only).
@@ -386,7 +396,9 @@ class EMA:
         """
         checks.refuse_unwritable(dtype)
         view = self._look()
-        exported = self._exported(view)
+        names = _names_in(view.tree, part)
+        exported = {key: value for key, value in self._exported(view).items() if key in names}
+        left_out = [names[key] for key in view.tree.extra if key in names]
         sharded = [key for key, value in exported.items() if engine.is_sharded(value)]
         if sharded:
             raise ValueError(
@@ -402,23 +414,24 @@ class EMA:
             )
         self._warn_of_dominance(stacklevel=3)
         self._warn_of_nonfinite()
-        if view.tree.extra and not averages_only:
+        if left_out and not averages_only:
             warnings.warn(
                 "what is no dense tensor cannot be written to this file, and is left out:"
-                f"{listed(view.tree.extra)}\nmodel_state_dict() has it, for torch.save",
+                f"{listed(left_out)}\nmodel_state_dict() has it, for torch.save",
                 stacklevel=2,
             )
-        names = set(self._averages or view.average)
-        averaged = [key for key in exported if view.name(key) in names]
+        known = set(self._averages or view.average)
+        averaged = [key for key in exported if view.name(key) in known]
         tensors = {}
         for key in averaged if averages_only else exported:
             own = None if averages_only else view.tree.by_name[key].tensor.dtype
-            tensors[key] = _lazy(exported[key], dtype or own)
+            tensors[names[key]] = _lazy(exported[key], dtype or own)
         facts = {
             "producer": f"polyak {importlib.metadata.version('polyak')}",
-            "averaged": averaged,
-            "reestimated": sorted(self._statistics),
-            "left_out": sorted(view.tree.extra),
+            "part": part,
+            "averaged": [names[key] for key in averaged],
+            "reestimated": [names[key] for key in sorted(self._statistics) if key in names],
+            "left_out": left_out,
         }
         files.write(path, tensors, self._facts() | facts)
 
@@ -593,6 +606,7 @@ class EMA:
             checks.refuse_capture(self._averages)
             with uninterrupted():
                 if self._view is not None and self._view.teacher is not None:
+                    checks.refuse_trained_teacher(self._view)
                     engine.reshard(self._view.teacher.modules)
                 self._forget_statistics()
                 engine.lerp(plan, 1.0 - keep)
@@ -954,6 +968,19 @@ def _trained(tensor: Tensor) -> Tensor:
     """Return what a tensor of a model holds in training, also while averages are applied."""
     kept = (ema._aside.trained(tensor) for ema in _applied if ema._aside is not None)
     return next((value for value in kept if value is not None), tensor.detach())
+
+
+def _names_in(tree: Tree, part: str) -> dict[str, str]:
+    """Return key of the state dict -> its name in the part, for all that is in the part."""
+    prefix = f"{part}." if part else ""
+    names = {key: key.removeprefix(prefix) for key in tree.keys if key.startswith(prefix)}
+    if part and not names:
+        parts = sorted({key.partition(".")[0] for key in tree.keys if "." in key})
+        raise ValueError(
+            f"the model has no part {part!r} with a state; name a module in it, such as "
+            f"{', '.join(map(repr, parts[:8]))}"
+        )
+    return names
 
 
 def _averaged(view: View) -> dict[str, Slot]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 __all__ = [
+    "Only",
     "Policy",
     "Slot",
     "Tree",
@@ -65,6 +66,49 @@ def everything(name: str, tensor: Tensor, module: nn.Module) -> Verdict:
     if _is_cache(name, tensor, module):
         return "leave"
     return "average" if is_floating(tensor) else "follow"
+
+
+@dataclass(frozen=True)
+class Only:
+    """A policy for some parts of a model; the rest is left alone.
+
+    >>> only = Only("backbone", "projector")
+    >>> only("backbone.weight", nn.Linear(2, 2).weight, nn.Linear(2, 2))
+    'average'
+    >>> only("predictor.weight", nn.Linear(2, 2).weight, nn.Linear(2, 2))
+    'leave'
+
+    Args:
+        parts: names of modules or tensors, as in ``model.get_submodule(name)``. Each must be there.
+        policy: what is done with them; by default `everything`.
+    """
+
+    parts: tuple[str, ...]
+    policy: Policy = everything
+
+    def __init__(self, *parts: str, policy: Policy = everything) -> None:
+        if not parts or not all(isinstance(part, str) and part for part in parts):
+            raise TypeError(f"Only takes names of parts, got {parts!r}; write Only('backbone')")
+        object.__setattr__(self, "parts", parts)
+        object.__setattr__(self, "policy", policy)
+
+    def __call__(self, name: str, tensor: Tensor, module: nn.Module) -> Verdict:
+        """Return the inner policy's verdict on what is in one of the parts."""
+        inside = any(name == part or name.startswith(f"{part}.") for part in self.parts)
+        return self.policy(name, tensor, module) if inside else "leave"
+
+    def __repr__(self) -> str:
+        inner = "" if self.policy is everything else f", policy={describe(self.policy)}"
+        return f"Only({', '.join(map(repr, self.parts))}{inner})"
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """Return the parts that none of these tensors is in."""
+        names = list(names)
+        return [
+            part
+            for part in self.parts
+            if not any(name == part or name.startswith(f"{part}.") for name in names)
+        ]
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -186,10 +230,12 @@ def decide(tree: Tree, policy: Policy) -> dict[str, Verdict]:
 
     Raises:
         ValueError: the policy says something that is no verdict, or not the same of all the names
-            of a tied tensor. All such names are listed.
+            of a tied tensor, or names a part that is not there. All are listed.
     """
     verdicts: dict[str, Verdict] = {}
     wrong = []
+    if isinstance(policy, Only):
+        wrong += [f"{part}: there is no such part" for part in policy.missing(tree.by_name)]
     for slot in tree.slots:
         said = {name: policy(name, slot.tensor, slot.module) for name in slot.names}
         if len(set(said.values())) > 1:
@@ -203,7 +249,8 @@ def decide(tree: Tree, policy: Policy) -> dict[str, Verdict]:
     if wrong:
         raise ValueError(
             f"the policy {describe(policy)} is unclear:{listed(wrong)}\n"
-            "return one of the three words, the same for all names of a tensor"
+            "return one of the three words, the same for all names of a tensor, and name parts "
+            "that are there"
         )
     return verdicts
 
