@@ -63,7 +63,9 @@ def test_what_a_file_cannot_hold_is_said(tmp_path: Path) -> None:
 def test_a_sparse_parameter_is_refused_by_name() -> None:
     model = nn.Linear(2, 2)
     model.weight = nn.Parameter(torch.eye(2).to_sparse())
-    with pytest.raises(ValueError, match=r"weight is a parameter in the layout .*keep it dense"):
+    with pytest.raises(
+        ValueError, match=r"weight is trained as a Parameter in the layout .*keep it an ordinary"
+    ):
         EMA(model)
 
 

@@ -11,15 +11,15 @@ __all__ = ["Attachment"]
 
 
 class Attachment:
-    """A pair of hooks on an optimizer; `remove` takes them off.
+    """A pair of hooks on an optimizer, which `remove` takes off.
 
     Args:
-        optimizer: a ``torch.optim.Optimizer``.
+        optimizer: a `torch.optim.Optimizer`.
         before: called before each step; what it raises keeps the step from being made.
         after: called after each step that changed the weights.
 
     Raises:
-        TypeError: it is no ``torch.optim.Optimizer``.
+        TypeError: it is no `torch.optim.Optimizer`.
     """
 
     def __init__(

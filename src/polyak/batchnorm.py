@@ -1,4 +1,4 @@
-"""Re-estimating batch normalization: the mean and variance of each layer's input over given data.
+"""STATISTICS: the mean and variance of what each BatchNorm layer gets, over given data.
 
 This module may not know what an average is, and may not change the model it runs: weights, buffers,
 modes, momenta and hooks are afterwards what they were, also after an exception.
@@ -27,8 +27,8 @@ class Statistics(NamedTuple):
     """What a layer normalizes with, per channel: shape `(num_features,)`, at least float32.
 
     Args:
-        mean: For `running_mean`.
-        var: For `running_var`; unbiased, as BatchNorm keeps it.
+        mean: for `running_mean`.
+        var: for `running_var`; unbiased, as BatchNorm keeps it.
     """
 
     mean: Tensor
@@ -54,11 +54,11 @@ def reestimate(
     Statistics(mean=tensor([3.]), var=tensor([3.5000]))
 
     Args:
-        model: Any module. A compiled one runs eagerly here.
-        batches: Each a tensor, for `model(x)`; a tuple or list that begins with one, for
+        model: any module. A compiled one runs eagerly here.
+        batches: each a tensor, for `model(x)`; a tuple or list that begins with one, for
             `model(x[0])`; or a mapping, for `model(**x)`. Their tensors are moved to the device of
             the model's first. Not consumed when the model has no layers to estimate for.
-        limit: How many batches to take, at least 1. None takes all.
+        limit: how many batches to take, at least 1. None takes all.
 
     Returns:
         The statistics by layer, in the order of `model.modules()`: each BatchNorm and SyncBatchNorm
@@ -66,8 +66,8 @@ def reestimate(
         float32, whichever is wider.
 
     Raises:
-        TypeError: The batches, or one of them, or the limit are of another type.
-        ValueError: The limit is less than 1, there are no batches, a layer gets one value per
+        TypeError: the batches, or one of them, or the limit are of another type.
+        ValueError: the limit is less than 1, there are no batches, a layer gets one value per
             channel (a batch of one sample), or statistics are not finite.
 
     Source: Izmailov et al. 2018 (https://arxiv.org/abs/1803.05407), section 3.2; merged in float64
@@ -137,7 +137,7 @@ def _statistics(layer: _BatchNorm, moments: _Moments) -> Statistics:
 def _measuring(
     model: nn.Module, layers: Mapping[_BatchNorm, str]
 ) -> Iterator[dict[nn.Module, _Moments]]:
-    """While open, forwards of the model add to the moments that it yields.
+    """Yield moments, to which forwards of the model add while the block is open.
 
     For that time the layers have momentum 1 and other buffers, which after a forward hold the
     statistics of that forward alone: those that the layer itself, synchronized or not, computes.
@@ -189,7 +189,7 @@ def _measuring(
 
 
 def _eager() -> AbstractContextManager[object]:
-    """Nothing is compiled where nobody has imported the compiler, which takes a second or two."""
+    """Return a block without compiled code; the compiler, if nobody has it, is not imported."""
     compiling = "torch._dynamo" in sys.modules
     return torch.compiler.set_stance("force_eager") if compiling else nullcontext()
 

@@ -1,6 +1,6 @@
-"""Decay values: how much of the old average survives a tick of the clock.
+"""PURE NUMBERS: how much of the old average survives a tick of the clock.
 
-Pure numbers. A decay holds no state and knows nothing about models, tensors that are averaged, or
+A decay is a value. It holds no state and knows nothing about models, tensors that are averaged, or
 devices. Each one is written once, as `_keep(t, dt, xp)`, and serves Python integers (`xp` is the
 `math` of one number) and float64 vectors (`xp` is `torch`) from that one formula.
 """
@@ -80,8 +80,8 @@ class Decay(ABC):
         tensor([0.0000, 0.5000, 0.7500], dtype=torch.float64)
 
         Args:
-            t: The clock after the tick, an integer in the units of the clock, or a tensor of them.
-            dt: The length of the tick, 0 <= dt <= t, or a tensor that expands to the shape of t;
+            t: the clock after the tick, an integer in the units of the clock, or a tensor of them.
+            dt: the length of the tick, 0 <= dt <= t, or a tensor that expands to the shape of t;
                 a tick of length 0 keeps everything.
 
         Returns:
@@ -111,7 +111,7 @@ class Decay(ABC):
 
     @abstractmethod
     def _keep(self, t: Any, dt: Any, xp: Any) -> Any:
-        """The formula, for 0 < dt <= t; in vectors, what it gives at dt = 0 is not used."""
+        """Return the share, for 0 < dt <= t; in vectors, what it is at dt = 0 is not used."""
 
     def _set(self, **values: object) -> None:
         for name, value in values.items():
@@ -133,7 +133,7 @@ class _Schedule(Decay):
 
     @abstractmethod
     def _decay(self, t: Any, xp: Any) -> Any:
-        """The share kept by the tick of length 1 that ends at t."""
+        """Return the share kept by the tick of length 1 that ends at t."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class Constant(Decay):
     0.9
 
     Args:
-        decay: The share d kept per unit of the clock, in [0, 1]. 0 copies, 1 never moves.
+        decay: the share d kept per unit of the clock, in [0, 1]. 0 copies, 1 never moves.
 
     Raises:
         ValueError: decay is outside [0, 1].
@@ -207,7 +207,7 @@ class Debiased(Decay):
     [0.0, 0.49975, 0.989497]
 
     Args:
-        inner: The decay it turns into: a float (meaning `Constant`), `Constant` or `HalfLife`,
+        inner: the decay it turns into: a float (meaning `Constant`), `Constant` or `HalfLife`,
             with 0 < d < 1.
 
     Raises:
@@ -250,7 +250,7 @@ class PowerLaw(Decay):
     (6.937204, 0.99209)
 
     Args:
-        std: The standard deviation of the profile as a fraction of the clock, in
+        std: the standard deviation of the profile as a fraction of the clock, in
             (0, 1/sqrt(12)); .05 and .10 are the values of the paper.
 
     Attributes:
@@ -308,9 +308,9 @@ class Cosine(_Schedule):
     (0.996, 0.998, 1.0)
 
     Args:
-        start: The share kept by the first tick, in [0, 1].
-        end: The share kept from `steps` on, in [0, 1].
-        steps: The length of the schedule in units of the clock, an integer >= 1.
+        start: the share kept by the first tick, in [0, 1].
+        end: the share kept from `steps` on, in [0, 1].
+        steps: the length of the schedule in units of the clock, an integer >= 1.
 
     Raises:
         ValueError: start or end is outside [0, 1], or steps < 1.
@@ -342,9 +342,9 @@ class Linear(_Schedule):
     0.75
 
     Args:
-        start: The share kept by the first tick, in [0, 1].
-        end: The share kept from `steps` on, in [0, 1].
-        steps: The length of the schedule in units of the clock, an integer >= 1.
+        start: the share kept by the first tick, in [0, 1].
+        end: the share kept from `steps` on, in [0, 1].
+        steps: the length of the schedule in units of the clock, an integer >= 1.
 
     Raises:
         ValueError: start or end is outside [0, 1], or steps < 1.
@@ -377,8 +377,8 @@ class After(Decay):
     (0.0, 0.0, 0.75)
 
     Args:
-        start: The clock at which the inner average begins, an integer >= 0.
-        inner: Its decay; a float means `Constant`.
+        start: the clock at which the inner average begins, an integer >= 0.
+        inner: its decay; a float means `Constant`.
 
     Raises:
         ValueError: start is negative.
@@ -413,10 +413,10 @@ class InverseGamma(_Schedule):
     0.990007
 
     Args:
-        power: How fast it warms up, > 0; 1 gives the uniform average, 2/3 suits runs of a million
+        power: how fast it warms up, > 0; 1 gives the uniform average, 2/3 suits runs of a million
             steps, 3/4 shorter ones.
-        inv_gamma: The clock at which the warm-up bends, > 0, in units of the clock.
-        limit: The largest decay, in [0, 1].
+        inv_gamma: the clock at which the warm-up bends, > 0, in units of the clock.
+        limit: the largest decay, in [0, 1].
 
     Raises:
         ValueError: a number is out of its range.
@@ -451,7 +451,7 @@ class Ramp(_Schedule):
     0.5
 
     Args:
-        limit: The largest decay, in [0, 1].
+        limit: the largest decay, in [0, 1].
 
     Raises:
         ValueError: limit is outside [0, 1].
@@ -480,8 +480,8 @@ class ExponentialRamp(_Schedule):
     0.632057
 
     Args:
-        limit: The decay it tends to, in [0, 1].
-        steps: The time constant of the warm-up in units of the clock, an integer >= 1.
+        limit: the decay it tends to, in [0, 1].
+        steps: the time constant of the warm-up in units of the clock, an integer >= 1.
 
     Raises:
         ValueError: limit is outside [0, 1], or steps < 1.
@@ -508,7 +508,7 @@ class Opaque(Decay):
     file cannot compute with it.
 
     Args:
-        source: An object with `keep(t, dt)`.
+        source: an object with `keep(t, dt)`.
     """
 
     source: DecayLike
@@ -518,7 +518,7 @@ class Opaque(Decay):
 
     @property
     def exact(self) -> bool:
-        """False: nothing is known about it."""
+        """Whether the cadence law is exact: as nothing is known about it, no."""
         return False
 
     def _keep(self, t: Any, dt: Any, xp: Any) -> Any:
@@ -544,11 +544,11 @@ def as_decay(value: float | DecayLike) -> Decay:
     PowerLaw(std=0.1)
 
     Args:
-        value: A float d in [0, 1), meaning `Constant(d)`; a decay; or any object with
+        value: a float d in [0, 1), meaning `Constant(d)`; a decay; or any object with
             `keep(t, dt)`. A float below .1 warns: 1 - d was probably meant.
 
     Raises:
-        ValueError: a number outside [0, 1), or 1 itself.
+        ValueError: a number outside [0, 1).
         TypeError: anything else.
     """
     if isinstance(value, Decay):
@@ -593,7 +593,7 @@ def to_spec(decay: Decay) -> Spec:
     {'type': 'After', 'start': 10, 'inner': {'type': 'Constant', 'decay': 0.5}}
 
     Args:
-        decay: Any decay; somebody else's, or one around somebody else's, becomes
+        decay: any decay; somebody else's, or one around somebody else's, becomes
             `{"type": "opaque", "repr": ...}`.
     """
     opaque = {"type": "opaque", "repr": repr(decay)}
@@ -618,7 +618,7 @@ def from_spec(spec: Spec) -> Decay:
     After(start=10, inner=Uniform())
 
     Args:
-        spec: A JSON object with a `type` and that decay's arguments.
+        spec: a JSON object with a `type` and that decay's arguments.
 
     Raises:
         ValueError: it is of an opaque or unknown type, or its arguments are not that type's.
@@ -678,7 +678,7 @@ _NUMBERS = SimpleNamespace(
 
 
 def _exponent(std: float) -> float:
-    """The largest root g of g^3 + 7 g^2 + (16 - T) g + (12 - T) = 0, T = std^-2 (eq. 126).
+    """Return the largest root g of g^3 + 7 g^2 + (16 - T) g + (12 - T) = 0, T = std^-2 (eq. 126).
 
     With x = g + 2 and divided by T it reads (std x)^2 (x + 1) = x - 1, convex for x > 0 and above
     its root at x = 1/std: Newton's method falls monotonically from there, until rounding stops it.

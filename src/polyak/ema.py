@@ -1,8 +1,8 @@
 """EMA: the one object with state. It reads a model while it trains and keeps an average beside it.
 
 Everything here is bookkeeping: which tensors, at which clock, by which decay. The arithmetic is in
-``engine``, the names in ``selection``, the numbers in ``decay`` and ``profile``. Nothing here
-touches training: the model is read, and written only inside ``applied`` and by ``copy_to``.
+`engine`, the names in `selection`, the numbers in `decay` and `profile`. Nothing here
+touches training: the model is read, and written only inside `applied` and by `copy_to`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import math
 import operator
 import os
 import sys
+import threading
 import uuid
 import warnings
 import weakref
@@ -61,7 +62,7 @@ _applied: list[EMA] = []
 class EMA:
     """An average of the weights of a model, kept while the model trains.
 
-    ``average <- keep * average + (1 - keep) * weights``, with ``keep`` from the decay.
+    `average <- keep * average + (1 - keep) * weights`, with `keep` from the decay.
 
     >>> from torch import nn; from polyak import EMA, HalfLife
     >>> model = nn.Linear(2, 1)
@@ -76,20 +77,21 @@ class EMA:
     1
 
     Args:
-        model: what to average; wrappers (DDP, ``torch.compile``, activation checkpoints) are seen
+        model: what to average; wrappers (DDP, `torch.compile`, activation checkpoints) are seen
             through. It may be built before the model is moved, loaded or sharded: nothing is read
             before the first update.
         decay: how much of the average survives a tick, see `polyak.decay`; a float is
-            `Constant`. By default ``PowerLaw(0.10)``: a mean age of 11 % of the run so far.
-        policy: ``policy(name, tensor, module)`` says of each tensor whether to ``"average"`` it,
-            let it ``"follow"`` the model, or ``"leave"`` it alone. By default `trainable`, with
-            ``into`` `everything`.
+            `Constant`. By default `PowerLaw(0.10)`: a mean age of 11 % of the run so far.
+        policy: `policy(name, tensor, module)` says of each tensor whether to `"average"` it,
+            let it `"follow"` the model, or `"leave"` it alone. By default `trainable`, with
+            `into` `everything`.
         into: a module of the same names (a teacher) whose own tensors hold the averages. They start
             from its values, so that a decay must be given, and one that keeps nothing at the first
             tick (Debiased, PowerLaw, Uniform, After) overwrites these. The teacher is put into eval
             mode and out of autograd, once.
-        dtype: the least dtype of the averages, ``torch.float32`` (default) or ``torch.float64``.
-        device: ``None``: beside each parameter.
+        dtype: the least dtype of the averages, `torch.float32` (default) or `torch.float64`.
+        device: where the averages are: beside each parameter (`None`, the default). Naming the
+            device that the model is on says the same; another one is refused so far.
 
     Raises:
         ValueError: the policy averages nothing; teacher and student do not match; the dtype is too
@@ -104,7 +106,7 @@ class EMA:
     _averages: dict[str, Tensor]
     _dtypes: dict[str, torch.dtype]  # of the model's tensors, when first seen
     _statistics: dict[str, Tensor]  # re-estimated, until the next update
-    _underneath: list[tuple[Tensor, Tensor]]  # what these hide in the teacher
+    _underneath: dict[str, Tensor]  # what these hide in the teacher
     _apart: set[str]  # averages that a teacher is too narrow to hold
     _view: View | None
     _plan: engine.Plan | None  # the update
@@ -144,14 +146,19 @@ class EMA:
         self._run = _run_of(self._model)
         self._attachments: list[Attachment] = []
         self._aside: Aside | None = None
+        self._blocks: list[object] = []  # the open blocks of `applied`
+        self._lock = threading.RLock()  # between an update and a file that is being written
         view = self._walk()
         checks.refuse_nothing(view, self._policy)
         checks.refuse_device(device, view)
         self._start_over()
         if self._teacher is not None:
             self._start_from_teacher(view)
-            self._teacher.requires_grad_(False)
-            self._teacher.eval()
+            trained = {id(parameter) for parameter in self._model.parameters()}
+            for parameter in self._teacher.parameters():
+                if id(parameter) not in trained:  # a part that both share stays the model's
+                    parameter.requires_grad_(False)
+            _put_into_eval(self._teacher, self._model)
 
     # -------------------------------------------------------------- the clock and the update
 
@@ -173,18 +180,19 @@ class EMA:
     def update(self, t: int | None = None) -> None:
         """Let the average see the weights as they are now.
 
-        Without ``into`` the first update copies them, whatever the decay. An element that is not
+        Without `into` the first update copies them, whatever the decay. An element that is not
         finite keeps its average. All averages are updated or none.
 
         Args:
             t: the clock now; by default one more than before. The same clock again does nothing.
 
         Raises:
-            TypeError: ``t`` is no integer.
-            ValueError: ``t`` is behind the clock; the model's tensors are not what they were; the
+            TypeError: `t` is no integer.
+            ValueError: `t` is behind the clock; the model's tensors are not what they were; the
                 first weights ever seen are not finite.
-            RuntimeError: it is attached to an optimizer and ``t`` is missing, the model holds
-                averages at the moment, or a CUDA graph is being captured.
+            RuntimeError: it is attached to an optimizer and `t` is missing, the model holds
+                averages at the moment, the teacher takes gradients, or a CUDA graph is being
+                captured.
         """
         if t is None and any(attachment.active for attachment in self._attachments):
             raise RuntimeError(
@@ -203,17 +211,17 @@ class EMA:
         several optimizers, attach to the one that steps last.
 
         Args:
-            optimizer: a ``torch.optim.Optimizer``.
-            every: update after every so many steps, with a tick of ``every * tick``: the same
+            optimizer: a `torch.optim.Optimizer`.
+            every: update after every so many steps, with a tick of `every * tick`: the same
                 horizon for a fraction of the cost.
             tick: how far the clock moves with a step, for example the images of a batch.
 
         Returns:
-            A handle; ``handle.remove()`` detaches.
+            A handle; `handle.remove()` detaches.
 
         Raises:
-            TypeError: it is no ``torch.optim.Optimizer``, or ``every`` or ``tick`` no integer.
-            ValueError: it is attached already, ``every`` or ``tick`` is not positive, or the
+            TypeError: it is no `torch.optim.Optimizer`, or `every` or `tick` no integer.
+            ValueError: it is attached already, `every` or `tick` is not positive, or the
                 optimizer would train the teacher.
         """
         every, tick = checks.positive("every", every), checks.positive("tick", tick)
@@ -227,13 +235,13 @@ class EMA:
             optimizer, before=partial(self._refuse_applied, "step the optimizer"), after=after
         )
         wrong = None
-        if any(a.active and a.optimizer is optimizer for a in self._attachments):
+        if any(a.active for a in self._attachments):
             wrong = (
-                "this optimizer is attached already, and would tick twice per step; remove() the "
-                "handle of the first attach to attach it anew"
+                "this EMA is attached already, and a second attach would tick it twice per step; "
+                "attach it once, to the optimizer that steps last, or remove() the first handle"
             )
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if self._teacher and any(id(p) in trained for p in self._teacher.parameters()):
+        if self._teacher is not None and any(id(p) in trained for p in self._teacher.parameters()):
             wrong = (
                 "this optimizer trains parameters of the teacher, which then would be no average; "
                 "build it from the student's parameters only"
@@ -247,7 +255,7 @@ class EMA:
     def reset(self) -> None:
         """Forget everything seen: the clock is 0, and the next update copies the weights.
 
-        With ``into`` the next update starts from what the teacher holds then.
+        With `into` the next update starts from what the teacher holds then.
         """
         self._refuse_applied("reset")
         view = self._walk()
@@ -272,7 +280,7 @@ class EMA:
     def applied(self) -> Iterator[Mapping[str, Tensor]]:
         """Let the model hold the averages inside the block, and its trained weights after it.
 
-        The same tensors are written in place, so that it is safe with DDP, FSDP2, ``torch.compile``
+        The same tensors are written in place, so that it is safe with DDP, FSDP2, `torch.compile`
         and tied weights. The averaged weights and all buffers come back bit for bit, whatever
         happens in the block (frozen parameters are not copied aside: do not write to them). On the
         same EMA it may be nested.
@@ -285,31 +293,33 @@ class EMA:
                 leaving, a parameter or a module was replaced inside (after all is back).
             ValueError: the model's tensors are not what they were; all differences are listed.
         """
-        if self._aside is not None:
-            yield MappingProxyType(self._aside.state_dict())
-            return
-        self._refuse_applied("apply the averages")
-        checks.refuse_freezing()
-        view = self._look()
-        self._warn_of_dominance(stacklevel=5)
-        self._warn_of_nonfinite()
-        values = self._values(view)
-        slots = [slot for slot in view.tree.slots if slot.name in values]
-        with _writing():
-            plan = engine.Plan([s.tensor for s in slots], [values[s.name] for s in slots])
-            aside = Aside(view.tree, slots)
+        aside, plan = self._aside, None
+        if aside is None:
+            self._refuse_applied("apply the averages")
+            checks.refuse_freezing()
+            view = self._look()
+            self._warn_of_dominance(stacklevel=5)
+            self._warn_of_nonfinite()
+            values = self._values(view)
+            slots = [slot for slot in view.tree.slots if slot.name in values]
+            with _writing():
+                plan = engine.Plan([s.tensor for s in slots], [values[s.name] for s in slots])
+                aside = Aside(view.tree, slots)
+        block = object()
         changed: list[str] = []
         try:
             try:
-                self._aside = aside
-                _applied.append(self)
-                with _writing():
-                    engine.copy(plan)
+                self._blocks.append(block)
+                if plan is not None:
+                    self._aside = aside
+                    _applied.append(self)
+                    with _writing():
+                        engine.write(plan)
                 yield MappingProxyType(aside.state_dict())
             finally:
-                changed += self._put_back(aside)
+                changed += self._leave(block)
         finally:  # for a Ctrl-C on the first line of the other; else there is nothing left to do
-            changed += self._put_back(aside)
+            changed += self._leave(block)
             if changed:
                 raise RuntimeError(
                     "the model was changed inside applied(); its weights and modules are back as "
@@ -318,10 +328,10 @@ class EMA:
                 )
 
     def model_state_dict(self, part: str = "") -> dict[str, Any]:
-        """Return copies of the averaged model, with the keys of its ``state_dict()``.
+        """Return copies of the averaged model, with the keys of its `state_dict()`.
 
         In the model's dtypes; what is not averaged is the model's own. A plain model loads it with
-        ``load_state_dict(..., strict=True)``. State dict hooks of the model are not run.
+        `load_state_dict(..., strict=True)`. State dict hooks of the model are not run.
 
         Args:
             part: the name of a module in it, to get that module alone under its own names.
@@ -366,7 +376,7 @@ class EMA:
             )
         with _writing():
             targets = [slots[key].tensor for key in exported]
-            engine.copy(engine.Plan(targets, list(exported.values())))
+            engine.write(engine.Plan(targets, list(exported.values())))
 
     def save(
         self,
@@ -380,12 +390,12 @@ class EMA:
 
         Any loader reads it as weights. The metadata says what it is: clock, decay, history, which
         tensors are averages, checksums. Atomic: a run that is killed leaves the old file or the new
-        one. It is right inside ``applied`` too.
+        one. It is right inside `applied` too.
 
         Args:
             path: the file; its folder must exist.
             part: the name of a module in it, to write that module alone under its own names.
-            dtype: of all floating tensors; by default the model's own, with ``averages_only``
+            dtype: of all floating tensors; by default the model's own, with `averages_only`
                 that of the averages.
             averages_only: leave out what merely follows the model (LoRA: adapters only).
 
@@ -431,15 +441,16 @@ class EMA:
             "part": part,
             "averaged": [names[key] for key in averaged],
             "reestimated": [names[key] for key in sorted(self._statistics) if key in names],
-            "left_out": left_out,
+            "left_out": sorted(left_out),
         }
-        files.write(path, tensors, self._facts() | facts)
+        with self._lock:  # no update of another thread while the file is written
+            files.write(path, tensors, self._facts() | facts)
 
     def reestimate_statistics(self, batches: Iterable[Any], limit: int | None = None) -> None:
-        """Re-estimate the BatchNorm statistics of the averaged weights, by running it over data.
+        """Re-estimate the BatchNorm statistics by running the averaged model over data.
 
-        They belong to the average until its next update: ``applied``, ``save`` and
-        ``model_state_dict`` use them. The trained model's own stay as they are.
+        They belong to the average until its next update: `applied`, `save` and
+        `model_state_dict` use them. The trained model's own stay as they are.
 
         Args:
             batches: tensors, tuples whose first entry is the input, or dicts of keyword arguments.
@@ -465,28 +476,32 @@ class EMA:
             self._forget_statistics()
             for name, value in statistics.items():
                 tensor = tree.by_name[name].tensor
-                self._underneath.append((tensor, tensor.clone()))
+                self._underneath[name] = tensor.clone()
                 tensor.copy_(value)
             self._statistics = statistics
 
     # -------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state: ``{"averages": {name: tensor}, "facts": JSON string}``.
+        """Return the state: `{"averages": {name: tensor}, "facts": JSON string}`.
 
-        Plain types only, for ``torch.load(weights_only=True)`` and torch.distributed.checkpoint.
-        Like ``nn.Module.state_dict`` it does not copy; before the first update the tensors are
+        Plain types only, for `torch.load(weights_only=True)` and torch.distributed.checkpoint.
+        Like `nn.Module.state_dict` it does not copy; before the first update the tensors are
         copies of the weights. Re-estimated statistics are not in it: they end with the next update.
         """
         view = self._look()
         self._warn_of_nonfinite()
         averages = self._averages or self._copied(_averaged(view))
+        hidden = {
+            n: t for n, t in self._underneath.items() if n in averages and n not in self._apart
+        }
+        averages = averages | hidden
         if _loading_in_place():
             averages = {name: torch.empty_like(average) for name, average in averages.items()}
         return {"averages": dict(averages), "facts": json.dumps(self._facts())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state that ``state_dict`` gave, before or after the model's own is loaded.
+        """Take over a state that `state_dict` gave, before or after the model's own is loaded.
 
         Everything is checked before anything is written. The decay stays the one that this EMA was
         built with; if another one is recorded, a warning names both.
@@ -501,6 +516,14 @@ class EMA:
         view = self._look()
         slots = {n: _found(view, n) for n in self._averages} or _averaged(view)
         averages = matched(state["averages"], view, slots)
+        if facts.updates != self._updates and any(
+            engine.same(averages[name], mine) for name, mine in self._averages.items()
+        ):
+            raise ValueError(
+                f"this state was taken from this EMA at update {facts.updates}, and its tensors "
+                f"are the averages themselves, now at {self._updates}; to go back later, keep "
+                "copy.deepcopy(ema.state_dict())"
+            )
         if facts.decay != to_spec(self._decay):
             warnings.warn(
                 f"the state was made with {_spelled(facts.decay)}, this EMA was built with "
@@ -508,7 +531,7 @@ class EMA:
                 "the recorded one",
                 stacklevel=2,
             )
-        with uninterrupted():
+        with self._lock, uninterrupted():
             if facts.history is None:
                 self.reset()
             else:
@@ -580,12 +603,13 @@ class EMA:
                 "of optimizer steps since the beginning of the run, or reset() to start over"
             )
         self._refuse_applied("update")
-        if self._history is None:
-            self._begin(clock)
-        elif clock == self._clock:
-            self._repeat()
-        else:
-            self._advance(self._history, clock)
+        with self._lock:
+            if self._history is None:
+                self._begin(clock)
+            elif clock == self._clock:
+                self._repeat()
+            else:
+                self._advance(self._history, clock)
 
     def _begin(self, clock: int) -> None:
         """See the weights for the first time: copy them."""
@@ -593,6 +617,7 @@ class EMA:
         checks.refuse_nothing(view, self._policy)
         averages = self._copied(_averaged(view))
         with uninterrupted():
+            self._statistics = {}
             self._averages, self._clock, self._updates, self._pending = averages, clock, 1, 0
             self._dtypes = {name: slot.tensor.dtype for name, slot in _averaged(view).items()}
             self._history = History(self._run, clock)
@@ -631,7 +656,7 @@ class EMA:
         self._averages = {}
         self._dtypes = {}
         self._statistics = {}
-        self._underneath = []
+        self._underneath = {}
         self._apart = set()
         self._view = None
         self._plan = None
@@ -651,7 +676,8 @@ class EMA:
         for name, home in mine.items():
             wide = torch.promote_types(home.tensor.dtype, _found(view, name).tensor.dtype)
             dtype = engine.average_dtype(wide, self._floor)
-            self._averages[name] = home.tensor.detach().to(dtype)  # itself, if it is wide enough
+            with _writing():
+                self._averages[name] = home.tensor.detach().to(dtype)  # itself, if wide enough
             if home.tensor.dtype != dtype:
                 self._apart.add(name)
         self._history = History(self._run, 0, inherited=True)
@@ -677,7 +703,7 @@ class EMA:
             plan = engine.Plan(list(mine.values()), [averages[name] for name in mine])
             with uninterrupted():
                 engine.copy(plan)
-                self._averages, self._statistics, self._underneath = mine, {}, []
+                self._averages, self._statistics, self._underneath = mine, {}, {}
                 if self._teacher is not None:
                     self._current_plan()
                     engine.copy(self._through)
@@ -686,26 +712,33 @@ class EMA:
         return engine.empty_like(tensor, engine.average_dtype(tensor.dtype, self._floor))
 
     def _forget_statistics(self) -> None:
-        for tensor, average in self._underneath:
-            tensor.copy_(average)
-        self._statistics, self._underneath = {}, []
+        for name, average in self._underneath.items():
+            home = self._view.home(name) if self._view is not None else None
+            if home is not None:
+                home.tensor.copy_(average)
+        self._statistics, self._underneath = {}, {}
 
-    def _put_back(self, aside: Aside) -> list[str]:
-        """Let the model hold its trained weights again; return what else had changed."""
-        if self._aside is None:
+    def _leave(self, block: object) -> list[str]:
+        """End a block of `applied`; with the last one the trained weights are back.
+
+        Returns what else had changed. What was begun and not finished is done again.
+        """
+        if block in self._blocks:
+            self._blocks.remove(block)
+        if self._blocks or self._aside is None:
             return []
         with uninterrupted(), _writing():
-            try:
-                return aside.restore()
-            finally:
-                self._aside = None
-                _applied[:] = [ema for ema in _applied if ema is not self]
+            changed = self._aside.restore()
+            self._aside = None
+            _applied[:] = [ema for ema in _applied if ema is not self]
+        return changed
 
     # -------------------------------------------------------------- which tensors, inside
 
     def _walk(self) -> View:
-        modules = [*self._model.modules(), *(self._teacher.modules() if self._teacher else ())]
-        engine.reshard(modules)
+        engine.reshard(list(self._model.modules()))
+        if self._teacher is not None:
+            engine.reshard(list(self._teacher.modules()))
         return View(self._model, self._teacher, self._policy)
 
     def _look(self) -> View:
@@ -713,7 +746,8 @@ class EMA:
         view = self._walk()
         if self._averages:
             self._refuse_differences(view)
-            if self._view is None or not self._view.same(view):
+            plan = self._plan
+            if self._view is None or not self._view.same(view) or (plan and not plan.current()):
                 self._drop_plan()
             self._place(view)
             self._view = view
@@ -750,12 +784,14 @@ class EMA:
             elif home is not None and name not in self._apart:
                 self._averages[name] = home.tensor.detach()
             elif home is None and average.device != tensor.device and not tensor.is_meta:
-                self._averages[name] = average.to(tensor.device)
+                with _writing():
+                    self._averages[name] = average.to(tensor.device)
 
     def _current_plan(self) -> engine.Plan:
         """Return the plan of the update, made anew where tensors were replaced or moved."""
         if self._plan is not None and self._view is not None:
-            if _intact(self._view) and self._plan.current():
+            plans = (self._plan, self._through, self._follow)
+            if _intact(self._view) and all(plan.current() for plan in plans):
                 return self._plan
             self._drop_plan()
         view = self._look()
@@ -827,7 +863,7 @@ class EMA:
 
     def _tensors(self) -> set[int]:
         modules = [self._model] + ([self._teacher] if self._teacher is not None else [])
-        return {id(tensor) for module in modules for tensor in module.parameters()}
+        return {id(t) for m in modules for t in itertools.chain(m.parameters(), m.buffers())}
 
     def _warn_of_nonfinite(self) -> None:
         count = self._count_nonfinite()
@@ -854,11 +890,11 @@ class EMA:
 
 
 def update_(teacher: nn.Module, student: nn.Module, decay: Constant | float = 0.5) -> None:
-    """Move a teacher towards a student: ``teacher <- decay * teacher + (1 - decay) * student``.
+    """Move a teacher towards a student: `teacher <- decay * teacher + (1 - decay) * student`.
 
     Over all entries of the state dict, by name; integer entries are copied. The teacher is put into
     eval mode, the student only read. It keeps no state: for schedules, resuming and narrow teachers
-    there is ``EMA(student, decay, into=teacher)``.
+    there is `EMA(student, decay, into=teacher)`.
 
     >>> from torch import nn; import polyak
     >>> teacher, student = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
@@ -902,7 +938,7 @@ def update_(teacher: nn.Module, student: nn.Module, decay: Constant | float = 0.
             engine.Plan([a.tensor for a, _ in pairs if a], [b.tensor for _, b in pairs if b]),
             engine.Plan([a.tensor for a, _ in view.follow], [b.tensor for _, b in view.follow]),
         ]
-        teacher.eval()
+        _put_into_eval(teacher, student)
         with uninterrupted():
             engine.lerp(plans[0], 1.0 - value.decay)
             engine.copy(plans[1])
@@ -931,6 +967,15 @@ _NO_COPY = (
 )
 
 
+def _put_into_eval(teacher: nn.Module, student: nn.Module) -> None:
+    """Put the teacher into eval mode, but for modules that are the student's as well."""
+    shared = set(teacher.modules()) & set(student.modules())
+    modes = [(module, module.training) for module in shared]
+    teacher.eval()
+    for module, training in modes:
+        module.training = training
+
+
 @contextmanager
 def _writing() -> Iterator[None]:
     """Write tensors outside of autograd, and ordinary ones also within inference mode."""
@@ -941,7 +986,7 @@ def _writing() -> Iterator[None]:
 def _loading_in_place() -> bool:
     """Whether torch.distributed.checkpoint asks for tensors to read into.
 
-    It reads into what ``state_dict`` returns before it calls ``load_state_dict``. A read that fails
+    It reads into what `state_dict` returns before it calls `load_state_dict`. A read that fails
     half-way must not leave half of its values in the averages.
     """
     if "torch.distributed.checkpoint.state_dict_loader" not in sys.modules:
@@ -1004,7 +1049,7 @@ def _intact(view: View) -> bool:
 
 
 def _by_name(tree: Tree, found: Mapping[nn.Module, batchnorm.Statistics]) -> dict[str, Tensor]:
-    """Return name of the buffer -> statistic."""
+    """Return the statistics that were found, by the name of the buffer they are for."""
     of = {id(module._buffers): statistics for module, statistics in found.items()}
     named = {}
     for slot in tree.slots:

@@ -1,4 +1,4 @@
-"""Checkpoint files: tensors by name in safetensors, with a fact sheet and checksums in the header.
+"""FILES: tensors by name in safetensors, with a fact sheet and checksums in the header.
 
 Whatever happens while a file is written, its path holds the old file or the new one, whole.
 Any safetensors loader reads what is written here, as weights.
@@ -47,9 +47,9 @@ class Lazy(NamedTuple):
     """A tensor that is made when its turn to be written comes, and let go before the next one.
 
     Args:
-        dtype: Of the tensor that `read` returns.
-        shape: Of the tensor that `read` returns.
-        read: Makes the tensor, on any device. Called once.
+        dtype: of the tensor that `read` returns.
+        shape: of the tensor that `read` returns.
+        read: makes the tensor, on any device. Called once.
     """
 
     dtype: torch.dtype
@@ -75,16 +75,16 @@ def write(
     {'clock': 7}
 
     Args:
-        path: The file to write or to replace; see `atomic`.
-        tensors: Dense tensors of any shape, strides and device, of any dtype that the installed
+        path: the file to write or to replace; see `atomic`.
+        tensors: dense tensors of any shape, strides and device, of any dtype that the installed
             safetensors loads.
-        facts: What `read_facts` returns. Plain JSON: dicts with str keys, lists, str, int, finite
+        facts: what `read_facts` returns. Plain JSON: dicts with str keys, lists, str, int, finite
             float, bool, None.
 
     Raises:
-        TypeError: Some names, tensors or facts cannot be stored. All of them are listed.
-        ValueError: A `Lazy` made another tensor than it promised, or the header gets too long.
-        OSError: The path cannot be written.
+        TypeError: some names, tensors or facts cannot be stored. All of them are listed.
+        ValueError: a `Lazy` made another tensor than it promised, or the header gets too long.
+        OSError: the path cannot be written.
     """
     promised = _checked(tensors)
     plain = _plain(facts or {})
@@ -112,11 +112,11 @@ def read(path: StrPath) -> dict[str, Tensor]:
     {'w': tensor([1., 1.])}
 
     Args:
-        path: A safetensors file.
+        path: a safetensors file.
 
     Raises:
-        ValueError: The file is not safetensors, is cut short, or has a damaged header.
-        OSError: There is no such file, or it cannot be read.
+        ValueError: the file is not safetensors, is cut short, or has a damaged header.
+        OSError: there is no such file, or it cannot be read.
     """
     with _opened(path) as (file, _):
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -134,12 +134,12 @@ def read_facts(path: StrPath) -> dict[str, Any]:
     {'clock': 7, 'run': 'x'}
 
     Args:
-        path: A file that `write` wrote.
+        path: a file that `write` wrote.
 
     Raises:
-        ValueError: The file has no fact sheet, is not safetensors, is cut short, or has a damaged
+        ValueError: the file has no fact sheet, is not safetensors, is cut short, or has a damaged
             header.
-        OSError: There is no such file, or it cannot be read.
+        OSError: there is no such file, or it cannot be read.
     """
     facts: dict[str, Any] = _sheet_of(path)["facts"]
     return facts
@@ -149,7 +149,7 @@ def verify(path: StrPath) -> list[str]:
     """Return the names of the tensors whose bytes are not the ones that were written.
 
     safetensors notices a file that was cut short, but not a flipped bit. So `write` stores the
-    CRC-32 of each tensor and of the header.
+    CRC-32 of each tensor, which this compares, and of the header, which every reader here compares.
 
     >>> import tempfile
     >>> import torch
@@ -162,15 +162,15 @@ def verify(path: StrPath) -> list[str]:
     ['w']
 
     Args:
-        path: A file that `write` wrote.
+        path: a file that `write` wrote.
 
     Returns:
         The names, in the order of the file; empty when every byte is as it was written.
 
     Raises:
-        ValueError: The file has no checksums, is not safetensors, is cut short, or has a damaged
+        ValueError: the file has no checksums, is not safetensors, is cut short, or has a damaged
             header.
-        OSError: There is no such file, or it cannot be read.
+        OSError: there is no such file, or it cannot be read.
     """
     checksums = _sheet_of(path)["crc32"]["tensors"]
     damaged = []
@@ -201,11 +201,11 @@ def atomic(path: StrPath) -> Iterator[BinaryIO]:
     b'all or nothing'
 
     Args:
-        path: The file to write or to replace, with the permissions of a new file. A symbolic link
+        path: the file to write or to replace, with the permissions of a new file. A symbolic link
             stays one: the file that it leads to is replaced.
 
     Raises:
-        OSError: There is no such folder, `path` is something else than a file, the disk is full, or
+        OSError: there is no such folder, `path` is something else than a file, the disk is full, or
             whatever the system reports.
     """
     target = Path(os.path.realpath(path))
@@ -430,7 +430,7 @@ _SLICE_BYTES = 16 << 20
 
 
 def _copy(file: BinaryIO, name: str, lazy: Lazy) -> int:
-    """Write one tensor and returns its checksum. On return the tensor is let go."""
+    """Write one tensor and return its checksum. On return the tensor is let go."""
     tensor = lazy.read()
     fault = _fault(tensor)
     if not fault and (tensor.dtype, tuple(tensor.shape)) != (lazy.dtype, tuple(lazy.shape)):
@@ -514,7 +514,7 @@ def _started(pid: int) -> int:
 
 
 def _sync(folder: Path) -> None:
-    """Makes a rename in a folder durable."""
+    """Make a rename in a folder durable."""
     if os.name != "posix":
         return  # there a folder cannot be opened
     descriptor = os.open(folder, os.O_RDONLY)

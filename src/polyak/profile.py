@@ -1,7 +1,8 @@
-"""Profiles: what a sequence of ticks under a decay means.
+"""PURE NUMBERS, float64: what a sequence of ticks under a decay means.
 
-Pure numbers, float64. An average is a weighted sum of the states it has seen; its *profile* is
-those weights. This file computes them from the ticks alone. It knows no models, files or devices.
+An average is a weighted sum of the states it has seen; its *profile* is
+the share of each. This file computes them from the ticks alone. It knows no models, files or
+devices.
 """
 
 from __future__ import annotations
@@ -46,12 +47,12 @@ class Moments:
     (0.5, 0.5, 2.0)
 
     Attributes:
-        mean_age: The mean age of the states, in units of the clock.
-        variance: The variance of their ages, in units of the clock squared.
-        concentration: The sum of the squared shares.
-        largest_share: The largest share of a single state.
-        first_share: The share of the state that the average began with.
-        newest_share: The share of the state that it has seen last.
+        mean_age: the mean age of the states, in units of the clock.
+        variance: the variance of their ages, in units of the clock squared.
+        concentration: the sum of the squared shares.
+        largest_share: the largest share of a single state.
+        first_share: the share of the state that the average began with.
+        newest_share: the share of the state that it has seen last.
     """
 
     mean_age: float = 0.0
@@ -70,8 +71,8 @@ class Moments:
         """Account for one update.
 
         Args:
-            keep: The share of the old average that survived, in [0, 1].
-            dt: The length of the tick, in units of the clock.
+            keep: the share of the old average that survived, in [0, 1].
+            dt: the length of the tick, in units of the clock.
         """
         mixed = 1.0 - keep
         age = self.mean_age + dt
@@ -120,9 +121,9 @@ class History:
     growing. Clock and number of ticks stay exact; no state's clock is off by more than `shift`.
 
     Args:
-        run: The name of the training run. Averages share the states of a run by their clocks.
-        origin: The clock of the first state.
-        inherited: Whether the average began from values that are no state of the run, such as a
+        run: the name of the training run. Averages share the states of a run by their clocks.
+        origin: the clock of the first state.
+        inherited: whether the average began from values that are no state of the run, such as a
             teacher's own. That start is shared with nothing but later histories of this average.
 
     Raises:
@@ -170,8 +171,8 @@ class History:
         """Record one update.
 
         Args:
-            decay: The decay of the update.
-            dt: The length of the tick in units of the clock, an integer >= 1.
+            decay: the decay of the update.
+            dt: the length of the tick in units of the clock, an integer >= 1.
 
         Raises:
             ValueError: dt < 1.
@@ -197,7 +198,7 @@ class History:
         tensor([0.0000, 0.3333, 0.3333, 0.3333], dtype=torch.float64)
 
         Args:
-            decay: The decay of all updates.
+            decay: the decay of all updates.
         """
         decay = as_decay(decay)
         runs = [run for segment in self._segments for run in segment.runs]
@@ -261,7 +262,7 @@ class History:
         )
 
     def _with(self, segments: list[_Segment]) -> History:
-        """The same average with other segments, which are copied."""
+        """Return the same average with other segments, which are copied."""
         history = History(self.run, self.origin)
         history._start, history._clock, history._ticks = self._start, self._clock, self._ticks
         history._segments = [
@@ -272,7 +273,7 @@ class History:
         return history
 
     def _mapped(self, change: Callable[[list[list[int]], int], list[list[int]]]) -> History:
-        """The same average, the runs of each segment changed; `change` is told where they begin."""
+        """Return the same average, the runs of each segment changed by `change(runs, begin)`."""
         clock, segments = self.origin, []
         for segment in self._segments:
             segments.append(_Segment(segment.spec, segment.decay, change(segment.runs, clock)))
@@ -280,7 +281,7 @@ class History:
         return self._with(segments)
 
     def _knots(self) -> dict[int, int]:
-        """The clocks where runs meet, which are always exact, and the ticks made by then."""
+        """Return the clocks where runs meet, which are always exact, and the ticks made by then."""
         ticks, knots = 0, {self.origin: 0}
         for begin, count, total in self._runs():
             ticks += count
@@ -288,7 +289,7 @@ class History:
         return knots
 
     def _runs(self) -> dict[tuple[int, int, int], int]:
-        """The runs as (clock at the beginning, ticks, total length), and their shifts."""
+        """Return the runs as (clock at the beginning, ticks, total length), and their shifts."""
         clock, runs = self.origin, {}
         for segment in self._segments:
             for count, total, shift in segment.runs:
@@ -344,7 +345,7 @@ def weights(history: History) -> tuple[Tensor, Tensor]:
     (tensor([0, 1, 2]), tensor([0.2500, 0.2500, 0.5000], dtype=torch.float64))
 
     Args:
-        history: The ticks of the average.
+        history: the ticks of the average.
 
     Returns:
         The clocks of the states, int64, ascending, and their shares, float64. What was inherited
@@ -388,7 +389,7 @@ def moments(history: History) -> Moments:
     (0.875, 0.5, 0.125)
 
     Args:
-        history: The ticks of the average.
+        history: the ticks of the average.
 
     Raises:
         ValueError: as for `weights`.
@@ -420,8 +421,8 @@ def inner(a: History, b: History) -> float:
     0.4375
 
     Args:
-        a: The ticks of one average.
-        b: The ticks of the other.
+        a: the ticks of one average.
+        b: the ticks of the other.
 
     Raises:
         ValueError: as for `gram`.
@@ -442,7 +443,7 @@ def gram(histories: Sequence[History]) -> Tensor:
             [0.2500, 0.6250]], dtype=torch.float64)
 
     Args:
-        histories: The ticks of n averages.
+        histories: the ticks of n averages.
 
     Returns:
         An n x n matrix, float64, symmetric.
@@ -479,7 +480,7 @@ def _product(
 
 
 def _aligned(histories: Sequence[History]) -> Sequence[History]:
-    """The histories, so coarse that those of one run agree on which states they saw.
+    """Return the histories, so coarse that those of one run agree on which states they saw.
 
     Only of runs where one is capped. Merging depends on the ticks and on their age alone, so all
     that saw the same ticks are made equal by merging as of the newest clock; what remains are the
@@ -535,7 +536,7 @@ def _thin(runs: list[list[int]], begin: int, now: int) -> list[list[int]]:
 
 
 def _merge(runs: list[list[int]]) -> list[int]:
-    """One evenly spaced run instead of several.
+    """Return one evenly spaced run instead of several.
 
     Between knots both the old and the new clocks are linear in the tick, so they differ most at a
     knot: by |clock - ticks total / count|. That much, rounded up, adds to the shift.
@@ -549,7 +550,7 @@ def _merge(runs: list[list[int]]) -> list[int]:
 
 
 def _cutter(knots: dict[int, int]) -> Callable[[list[list[int]], int], list[list[int]]]:
-    """Cut runs where another history, with these knots, knows which state it saw."""
+    """Return what cuts runs where another history, with these knots, knows which state it saw."""
     clocks = sorted(knots)
 
     def cut(runs: list[list[int]], begin: int) -> list[list[int]]:
@@ -578,13 +579,13 @@ def _cutter(knots: dict[int, int]) -> Callable[[list[list[int]], int], list[list
 
 
 def _step(run: list[int]) -> int:
-    """The length of the ticks of a run, 0 if they differ or there are none."""
+    """Return the length of the ticks of a run, 0 if they differ or there are none."""
     count, total, shift = run
     return total // count if count and not shift else 0
 
 
 def _spread(count: int, total: int) -> Tensor:
-    """The clocks of a run that begins at 0: total i / count for i in 1..count, rounded down."""
+    """Return the clocks of a run that begins at 0: total i / count, rounded down, i = 1..count."""
     index = torch.arange(1, count + 1)
     whole, rest = divmod(total, count)
     return index * whole + rest * index // count

@@ -9,20 +9,20 @@ __all__ = ["Report"]
 
 @dataclass(frozen=True)
 class Report:
-    """What `EMA.report` found. ``str`` of it is a table, `metrics` a flat dict for loggers.
+    """What `EMA.report` found: `str` of it is a table, `metrics` a flat dict for loggers.
 
     Attributes:
         decay: the decay, as code.
         clock: how far the average has come, in the user's unit.
         updates: states seen.
-        repeats: calls of ``update(t)`` with the clock where it stood.
+        repeats: calls of `update(t)` with the clock where it stood.
         tensors: number of tensors averaged.
         bytes: what the averages hold, in bytes.
-        mean_age: how old the average is, in the clock's unit.
-        deviation: standard deviation of the age, in the clock's unit.
+        mean_age: how far the average lags behind the model, in the clock's unit.
+        deviation: standard deviation of the ages of its states, in the clock's unit.
         effective_samples: of how many states the mean would have as little noise.
         largest_share: of a single seen state, 0 to 1.
-        distance: ``|average - weights| / |weights|``.
+        distance: `|average - weights| / |weights|`.
         nonfinite: elements that kept their average, summed over all updates.
         dead_zone: relative change below which the weights no longer move the average.
         paths: how the engine runs.
@@ -47,7 +47,7 @@ class Report:
         """Return the numbers as a flat dict, for any logger.
 
         Args:
-            prefix: put before each name, for example ``"ema/"``.
+            prefix: put before each name, for example `"ema/"`.
         """
         numbers = {k: v for k, v in asdict(self).items() if isinstance(v, (int, float))}
         return {prefix + name: float(value) for name, value in numbers.items()}

@@ -1,8 +1,9 @@
 """NAMES: what the tensors of a model are called, which of them are one, and which are averaged.
 
-A ``Tree`` is one walk over a module: every parameter and buffer under the name it has in the plain
+A `Tree` is one walk over a module: every parameter and buffer under the name it has in the plain
 model, whatever wraps the model or its parts, tied tensors once. A *policy* then says what becomes
-of each. This file reads modules; it never changes one, and knows nothing of dtypes and devices.
+of each. This file reads modules and never changes one; of tensors it knows what they are called,
+whether they are numbers, and which are one.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ Policy = Callable[[str, Tensor, nn.Module], Verdict]
 def trainable(name: str, tensor: Tensor, module: nn.Module) -> Verdict:
     """Average what is trained: parameters that require grad, and running statistics.
 
-    The statistics of normalization layers (``running_mean``, ``running_var``) are averaged too:
+    The statistics of normalization layers (`running_mean`, `running_var`) are averaged too:
     copied from the last step, they belong to other weights. The rest follows the model: frozen
     parameters, counters, masks, spectral-norm vectors.
 
@@ -79,7 +80,7 @@ class Only:
     'leave'
 
     Args:
-        parts: names of modules or tensors, as in ``model.get_submodule(name)``. Each must be there.
+        parts: names of modules or tensors, as in `model.get_submodule(name)`. Each must be there.
         policy: what is done with them; by default `everything`.
     """
 
@@ -112,18 +113,10 @@ class Only:
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """Return the module inside DDP, ``torch.compile`` and activation-checkpoint wrappers."""
-    while True:
-        module = _checked(module)
-        if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            inner = module.module
-        elif type(module) is _loaded("torch._dynamo.eval_frame", "OptimizedModule"):
-            inner = module._orig_mod
-        elif isinstance(module, _loaded(_CHECKPOINT, "ActivationWrapper") or ()):
-            inner = module._checkpoint_wrapped_module
-        else:
-            return module
+    """Return the module inside DDP, `torch.compile` and activation-checkpoint wrappers."""
+    while (inner := _inside(module)) is not module:
         module = inner
+    return module
 
 
 @dataclass
@@ -153,9 +146,9 @@ class Tree:
     Attributes:
         slots: the distinct tensors.
         by_name: name -> slot; a tied tensor is there under each of its names.
-        keys: the keys of the plain model's ``state_dict()``, in its order.
+        keys: the keys of the plain model's `state_dict()`, in its order.
         extra: key -> function that gives a copy of what stands there in the state dict and is
-            never averaged: the extra state of a module, a sparse buffer.
+            never averaged: the extra state of a module, a sparse buffer, a quantized weight.
         modules: every module, each wrapper included.
         links: (dictionary, key, value) that lead to the tensors: while they all hold, so does
             the walk.
@@ -175,9 +168,8 @@ class Tree:
         inner = unwrap(module)
         while module is not inner:
             self.modules.append(module)
-            ((key, child),) = module._modules.items()
-            self.links.append((module._modules, key, child))
-            module = _checked(child)
+            self.links += [(module._modules, key, child) for key, child in module._modules.items()]
+            module = _inside(module)
         self.modules.append(module)
         owners: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for owner in owners:
@@ -200,11 +192,12 @@ class Tree:
                 f"{name} has no shape yet (a lazy module); run one forward pass, then build the EMA"
             )
         persistent = key not in module._non_persistent_buffers_set
-        if tensor.layout != torch.strided:
+        if not _is_dense(tensor):
             if tensor.requires_grad:
                 raise ValueError(
-                    f"{name} is a parameter in the layout {tensor.layout}, of which averages are "
-                    "not to be had; keep it dense (nn.Parameter(x.to_dense()))"
+                    f"{name} is trained as a {type(tensor).__name__} in the layout "
+                    f"{tensor.layout}, of which averages are not to be had; keep it an ordinary "
+                    "dense parameter, or freeze it (requires_grad_(False))"
                 )
             if persistent:
                 self.keys.append(name)
@@ -266,7 +259,7 @@ class View:
         teacher: the module that holds the averages, or None.
         average: the names that the policy wants averaged.
         follow: (teacher's slot, model's slot) of what the teacher copies on each update.
-        owners, keys, values: while ``owner.get(key) is value`` for all, so does the walk hold.
+        owners, keys, values: while `owner.get(key) is value` for all, so does the walk hold.
 
     Raises:
         ValueError: the policy is unclear, or names, shapes or kinds of teacher and model differ.
@@ -317,7 +310,7 @@ class View:
         return None if self.teacher is None else self.teacher.by_name.get(key)
 
     def name(self, key: str) -> str:
-        """Return the name of the average that stands for the model's tensor ``key``."""
+        """Return the name of the average that stands for the model's tensor `key`."""
         return (self.home(key) or self.tree.by_name[key]).name
 
     def _differences(
@@ -369,11 +362,28 @@ def _loaded(module: str, name: str) -> type | None:
     return getattr(sys.modules.get(module), name, None)
 
 
+def _inside(module: nn.Module) -> nn.Module:
+    """Return the module that a wrapper wraps; what is no wrapper itself."""
+    module = _checked(module)
+    if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        return _checked(module.module)
+    if type(module) is _loaded("torch._dynamo.eval_frame", "OptimizedModule"):
+        return _checked(module._orig_mod)
+    if isinstance(module, _loaded(_CHECKPOINT, "ActivationWrapper") or ()):
+        return _checked(module._checkpoint_wrapped_module)
+    return module
+
+
 def _checked(module: object) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise TypeError(
             f"expected a torch.nn.Module, got {type(module).__name__}; pass the model itself, not "
             "its parameters or its state dict"
+        )
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError(
+            f"{type(module).__name__} is a scripted module, whose tensors cannot be followed; "
+            "build the EMA from the module before torch.jit.script"
         )
     fsdp1 = _loaded(
         "torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel"
@@ -392,6 +402,13 @@ def _identities(tensor: Tensor) -> Iterator[object]:
     if type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and tensor.numel():
         pointer = tensor.data_ptr()
         yield tensor.device, pointer, tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether it is plain memory: neither sparse nor packed by a subclass, but perhaps sharded."""
+    packed = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    sharded = isinstance(tensor, _loaded("torch.distributed.tensor", "DTensor") or ())
+    return tensor.layout == torch.strided and (sharded or not packed)
 
 
 def _is_cache(name: str, tensor: Tensor, module: nn.Module) -> bool:

@@ -1,6 +1,6 @@
 """STATE: what is written down about an average, and how it is read back with suspicion.
 
-A state is ``{"averages": {name: tensor}, "facts": JSON string}``; a saved file has the same facts
+A state is `{"averages": {name: tensor}, "facts": JSON string}`; a saved file has the same facts
 in its metadata. Everything is checked here before anything is taken over. Nothing here writes.
 """
 

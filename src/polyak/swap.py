@@ -1,7 +1,7 @@
 """ASIDE: the trained tensors of a model while it holds others, and how they come back.
 
 Values are written in place, so that whatever refers to the tensors (optimizers, DDP, FSDP2,
-``torch.compile``, CUDA graphs, tied names) keeps working. This file knows no averages: it keeps
+`torch.compile`, CUDA graphs, tied names) keeps working. This file knows no averages: it keeps
 what it is told to keep, and puts it back bit for bit, whatever happened in between.
 """
 
@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,20 +38,21 @@ class Aside:
         with torch.inference_mode(False), torch.no_grad():
             self._seen = [slot.tensor.detach() for slot in tree.slots]
             self._kept = {
-                id(slot.tensor): seen.clone()
+                slot.name: seen.clone()
                 for slot, seen in zip(tree.slots, self._seen, strict=True)
                 if slot.is_buffer or slot.name in chosen
             }
 
     def trained(self, tensor: Tensor) -> Tensor | None:
         """Return what the model's tensor held before, if it was kept."""
-        return self._kept.get(id(tensor))
+        slots = (s for s in self._tree.slots if any(tensor is t for _, _, t in s.places))
+        return next((self._kept.get(slot.name) for slot in slots), None)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the state dict of the trained model: what was kept, and the rest as it stands."""
+        """Return the tensors of the trained model's state dict, kept aside or as they stand."""
         slots = {key: self._tree.by_name.get(key) for key in self._tree.keys}
         return {
-            key: self._kept.get(id(slot.tensor), slot.tensor.detach())
+            key: self._kept.get(slot.name, slot.tensor.detach())
             for key, slot in slots.items()
             if slot is not None
         }
@@ -65,38 +67,63 @@ class Aside:
                 slot.tensor.data = seen
                 if not slot.is_buffer:
                     changed.append(f"{slot.name}: its storage was replaced")
-            kept = self._kept.get(id(slot.tensor))
+            kept = self._kept.get(slot.name)
             if kept is not None and not engine.overlaps_itself(seen):
                 targets.append(seen)
                 sources.append(kept)
-        engine.copy(engine.Plan(targets, sources))
+        engine.write(engine.Plan(targets, sources))
         return changed
 
     def _relink(self) -> list[str]:
         changed = []
         names = {id(t): slot for slot in self._tree.slots for _, _, t in slot.places}
         for owner, key, value in self._tree.links:
-            if owner.get(key) is not value:
+            slot = names.get(id(value))
+            if owner.get(key) is not value and not _grown(slot, owner.get(key)):
                 owner[key] = value
-                slot = names.get(id(value))
                 if slot is None or not slot.is_buffer:  # buffers may be assigned by a forward
                     where = f"{key} ({type(value).__name__})" if slot is None else slot.name
                     changed.append(f"{where}: another object was registered in its place")
         return changed
 
 
+def _grown(slot: Slot | None, now: object) -> bool:
+    """Whether a module has made itself another cache, whose size it may remember elsewhere."""
+    if slot is None or not slot.is_buffer or slot.persistent or not isinstance(now, Tensor):
+        return False
+    return now.shape != slot.tensor.shape and now.dtype == slot.tensor.dtype
+
+
+_SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name)
+]
+
+
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold a Ctrl-C back until the block is done, then let it through."""
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
+    """Hold back Ctrl-C, and other signals that the program handles, until the block is done."""
+    handlers: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+        handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
     pending: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: pending.append((number, frame)))
     try:
+        for number in handlers:
+            signal.signal(number, lambda number, frame: pending.append((number, frame)))
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
-        if pending:
-            handler(*pending[0])
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        _deliver(handlers, pending)
+
+
+def _deliver(handlers: dict[int, Any], pending: list[tuple[int, FrameType | None]]) -> None:
+    """Call the handler of each signal that came, also if the one before raises."""
+    if pending:
+        number, frame = pending[0]
+        try:
+            handlers[number](number, frame)
+        finally:
+            _deliver(handlers, pending[1:])

@@ -1,14 +1,15 @@
-"""TENSOR LISTS: the two verbs of averaging, ``lerp`` and ``copy``, over lists of tensors.
+"""TENSOR LISTS: the two verbs of averaging, `lerp` and `copy`, over lists of tensors.
 
-Every averaging scheme is a choice of ``weight`` in one primitive,
+Every averaging scheme is a choice of `weight` in one primitive,
 
     target <- target + weight * (source - target),
 
-and a ``Plan`` is what makes it cheap: tensors are localized, grouped and cut into pieces once, then
+and a `Plan` is what makes it cheap: tensors are localized, grouped and cut into pieces once, then
 the verbs run blind. This package is the only place that knows dtypes, devices, DTensor, foreach and
-scratch memory. It knows no names, no modules, no clock and no decay.
+scratch memory. It knows no names, no clock and no decay, and of modules only which ones FSDP2 has
+sharded.
 
-Paths, all within rounding of ``reference``: ``foreach`` (everything torch runs on).
+Paths, all within rounding of `reference`: `foreach`, for every device of torch.
 """
 
 from __future__ import annotations
@@ -33,13 +34,14 @@ __all__ = [
     "nonfinite",
     "reshard",
     "unsharded",
+    "write",
 ]
 
 
 class Path(Protocol):
-    """One way to run ``lerp`` over a group of local tensors: same device, same pair of dtypes.
+    """One way to run `lerp` over a group of local tensors: same device, same pair of dtypes.
 
-    ``targets[i]`` and ``sources[i]`` have the same shape; all are real, none is empty.
+    `targets[i]` and `sources[i]` have the same shape; all are real, none is empty.
     """
 
     name: str
@@ -48,7 +50,7 @@ class Path(Protocol):
     def __init__(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None: ...
 
     def lerp(self, weight: float | Tensor) -> None:
-        """Do it for every element whose result is finite; add the others to ``skipped``."""
+        """Move every element whose result is finite; add the others to `skipped`."""
 
 
 class Plan:
@@ -57,7 +59,7 @@ class Plan:
     Args:
         targets: the tensors that are written. DTensors take part with their local shard.
         sources: as many, of the same shapes; any floating dtype, also on another device.
-        path: the way to run ``lerp``; by default the fastest that runs on the targets.
+        path: the way to run `lerp`; by default the fastest that runs on the targets.
 
     Raises:
         ValueError: a shape, a shard or a kind (real, complex) differs, or a tensor has no data.
@@ -82,7 +84,7 @@ class Plan:
 
     @property
     def paths(self) -> list[str]:
-        """The paths that ``lerp`` takes, by name."""
+        """The paths that `lerp` takes, by name."""
         return sorted({group.name for group in self._lerp_groups()})
 
     def skipped(self) -> int:
@@ -106,7 +108,7 @@ class Plan:
 
 
 def lerp(plan: Plan, weight: float | Tensor) -> None:
-    """Move each target towards its source: ``target += weight * (source - target)``.
+    """Move each target towards its source: `target += weight * (source - target)`.
 
     An element whose new value would not be finite keeps the old one and is counted. The lerp form
     is torch's, whose fixed point is exact: where source and target are equal nothing changes. A
@@ -126,8 +128,18 @@ def copy(plan: Plan) -> None:
         torch._foreach_copy_(targets, sources)
 
 
+def write(plan: Plan) -> None:
+    """Copy into tensors of a module, and drop what torch has computed from the old values.
+
+    Autocast keeps copies of weights in a narrower dtype, ``parametrize.cached()`` whole weights.
+    """
+    copy(plan)
+    torch.clear_autocast_cache()
+    torch.nn.utils.parametrize._cache.clear()
+
+
 def average_dtype(dtype: torch.dtype, floor: torch.dtype = torch.float32) -> torch.dtype:
-    """Return the dtype in which a tensor of ``dtype`` is averaged: at least ``floor``.
+    """Return the dtype in which a tensor of `dtype` is averaged: at least `floor`.
 
     >>> average_dtype(torch.bfloat16), average_dtype(torch.float64), average_dtype(torch.complex64)
     (torch.float32, torch.float64, torch.complex64)
@@ -153,7 +165,7 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 
 def same(tensor: Tensor, seen: Tensor) -> bool:
-    """Whether ``tensor`` still has the storage, shape and strides that the view ``seen`` has."""
+    """Whether `tensor` still has the storage, shape and strides that the view `seen` has."""
     try:
         return _shard(tensor).is_set_to(_shard(seen))
     except RuntimeError:  # moved to another device
@@ -167,7 +179,7 @@ def nonfinite(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def distance(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> tuple[float, float]:
-    """Return the sums of ``|target - source|^2`` and ``|source|^2`` over the local parts. Syncs.
+    """Return the sums of |target - source|^2 and |source|^2 over the local parts. Syncs.
 
     Accumulated in float64, in slices, so that the memory it takes is bounded.
     """
@@ -181,13 +193,13 @@ def distance(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> tuple[floa
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return a view of the part of ``tensor`` that this process holds, outside of autograd."""
+    """Return a view of the part of `tensor` that this process holds, outside of autograd."""
     with torch.no_grad():
         return _shard(tensor).detach()
 
 
 def unsharded(now: object, known: Tensor) -> bool:
-    """Whether ``now`` is what FSDP2 registers in place of the shard ``known`` around a forward."""
+    """Whether `now` is what FSDP2 registers in place of the shard `known` around a forward."""
     return (
         isinstance(now, Tensor)
         and _is_dtensor(known)

@@ -1,7 +1,7 @@
-"""What torch already has: ``torch._foreach_copy_`` and ``torch.lerp`` over bounded scratch chunks.
+"""What torch already has: `_foreach_copy_` and `_foreach_lerp_` over bounded scratch chunks.
 
 Runs wherever torch runs. The tensors are cut into pieces and the pieces gathered into chunks of at
-most ``CHUNK`` elements; a chunk is read into scratch, mixed there, tested, and written back, so
+most `CHUNK` elements; a chunk is read into scratch, mixed there, tested, and written back, so
 that a value which is not finite never reaches an average, tensors of any dtype and number cost the
 same few calls, and the scratch stays in the cache. Nothing is allocated after construction, and
 nothing on an accelerator is waited for.
@@ -42,7 +42,7 @@ class Foreach:
         self._chunks = [_Chunk(held, mixed, spare) for held in _cut(targets, sources, size)]
 
     def lerp(self, weight: Any) -> None:
-        """Do it, chunk by chunk; the weight is a float or a 0-dim tensor."""
+        """Move the targets, chunk by chunk; the weight is a float or a 0-dim tensor."""
         for chunk in self._chunks:
             torch._foreach_copy_(chunk.mixed_views, chunk.targets)
             if self._alike:
@@ -63,7 +63,7 @@ class Foreach:
     def _keep_old(self, chunk: _Chunk) -> None:
         finite = self._finite[: chunk.mixed.numel()]
         torch.abs(chunk.mixed, out=chunk.spare)
-        torch.lt(chunk.spare, self._infinity, out=finite)  # false for NaN
+        torch.lt(chunk.spare, self._infinity, out=finite)  # false for NaN; isfinite has no out=
         # A sum of booleans would allocate; one of ones is exact, since a chunk has less than 2^24.
         torch.sum(chunk.spare.copy_(finite), dim=0, out=self._sum)
         self.skipped.add_(chunk.size).sub_(self._count.copy_(self._sum))
@@ -92,7 +92,7 @@ class _Chunk:
 def _cut(
     targets: Sequence[Tensor], sources: Sequence[Tensor], size: int
 ) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Yield lists of pieces of at most ``size`` elements together."""
+    """Yield lists of pieces of at most `size` elements together."""
     held: list[tuple[Tensor, Tensor]] = []
     room = size
     for target, source in zip(targets, sources, strict=True):
@@ -106,7 +106,7 @@ def _cut(
 
 
 def pieces(target: Tensor, source: Tensor, size: int = 1 << 20) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cut a pair of tensors of one shape into pairs of views of at most ``size`` elements."""
+    """Cut a pair of tensors of one shape into pairs of views of at most `size` elements."""
     if target.stride() == source.stride() and _dense(target):
         flat = (target.numel(),), (1,)
         target, source = target.as_strided(*flat), source.as_strided(*flat)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Reference:
-    """``target <- target + weight * (source - target)``, where the stored result is finite."""
+    """`target <- target + weight * (source - target)`, where the stored result is finite."""
 
     name = "reference"
 
@@ -18,7 +18,7 @@ class Reference:
         self.skipped = torch.zeros((), dtype=torch.int64, device=targets[0].device)
 
     def lerp(self, weight: float | Tensor) -> None:
-        """Do it, tensor by tensor."""
+        """Move the targets, tensor by tensor."""
         for target, source in zip(self._targets, self._sources, strict=True):
             cast = source.to(target.device, target.dtype)
             result = target.double() + weight * (cast.double() - target.double())
