@@ -21,7 +21,7 @@ SOURCE = Path(polyak.__file__).parent
 ARROWS = {
     "decay": set(),
     "profile": {"decay"},
-    "selection": set(),
+    "selection": {"engine"},
     "engine": {"engine.foreach"},
     "engine.foreach": set(),
     "engine.reference": set(),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
+from torch import Tensor
 
 __all__ = ["Attachment"]
 
@@ -35,10 +35,9 @@ class Attachment:
                 "wraps one (Accelerate, Lightning), pass the optimizer inside: wrapper.optimizer"
             )
         self.optimizer = optimizer
-        self._before, self._after = before, after
         self._handles = [
-            optimizer.register_step_pre_hook(self._pre),
-            optimizer.register_step_post_hook(self._post),
+            optimizer.register_step_pre_hook(lambda *_: before()),
+            optimizer.register_step_post_hook(lambda *_: None if _skipped(optimizer) else after()),
         ]
 
     def remove(self) -> None:
@@ -52,12 +51,12 @@ class Attachment:
         """Whether the hooks are on."""
         return bool(self._handles)
 
-    def _pre(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self._before()
 
-    def _post(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        # An unfused optimizer is not called at all when GradScaler skips a step. A fused one is,
-        # with this flag, and then changes nothing.
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is None or not found_inf.item():
-            self._after()
+def _skipped(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the step that an optimizer just made changed nothing.
+
+    An unfused one is not called at all when GradScaler skips a step. A fused one is, with this
+    flag, and then changes nothing.
+    """
+    found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf.item())

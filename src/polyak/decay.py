@@ -137,6 +137,30 @@ class _Schedule(Decay):
 
 
 @dataclass(frozen=True)
+class _Passage(_Schedule):
+    """A decay that goes from `start` to `end` within `steps`, and stays there."""
+
+    start: float
+    end: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        self._set(
+            start=_share("start", self.start),
+            end=_share("end", self.end),
+            steps=_count("steps", self.steps, 1),
+        )
+
+    def _decay(self, t: Any, xp: Any) -> Any:
+        left = self._left(xp.clamp((t - 1) / self.steps, 0.0, 1.0), xp)
+        return left * self.start + (1 - left) * self.end
+
+    @abstractmethod
+    def _left(self, s: Any, xp: Any) -> Any:
+        """Return what is left of `start` when the share s of the way is gone, from 1 to 0."""
+
+
+@dataclass(frozen=True)
 class Constant(Decay):
     """Keep the same share at every tick: the textbook exponential moving average.
 
@@ -297,7 +321,7 @@ class Uniform(Decay):
 
 
 @dataclass(frozen=True)
-class Cosine(_Schedule):
+class Cosine(_Passage):
     """Move the decay from `start` to `end` along half a cosine: self-supervised teachers.
 
     keep = d^dt, d = end - (end - start) (cos(pi min(s/steps, 1)) + 1) / 2 with s = t - 1, so that
@@ -319,20 +343,12 @@ class Cosine(_Schedule):
     Source: BYOL (arXiv 2006.07733, section 3.2); DINO (arXiv 2104.14294).
     """
 
-    start: float
-    end: float
-    steps: int
-
-    def __post_init__(self) -> None:
-        self._set(**_schedule(self.start, self.end, self.steps))
-
-    def _decay(self, t: Any, xp: Any) -> Any:
-        left = (xp.cos(math.pi * xp.clamp((t - 1) / self.steps, 0.0, 1.0)) + 1) / 2
-        return left * self.start + (1 - left) * self.end
+    def _left(self, s: Any, xp: Any) -> Any:
+        return (xp.cos(math.pi * s) + 1) / 2
 
 
 @dataclass(frozen=True)
-class Linear(_Schedule):
+class Linear(_Passage):
     """Move the decay from `start` to `end` along a straight line: I-JEPA's teacher.
 
     keep = d^dt, d = start + (end - start) min(s/steps, 1) with s = t - 1, so that the first tick
@@ -353,16 +369,8 @@ class Linear(_Schedule):
     Source: I-JEPA (arXiv 2301.08243, appendix A).
     """
 
-    start: float
-    end: float
-    steps: int
-
-    def __post_init__(self) -> None:
-        self._set(**_schedule(self.start, self.end, self.steps))
-
-    def _decay(self, t: Any, xp: Any) -> Any:
-        left = 1 - xp.clamp((t - 1) / self.steps, 0.0, 1.0)
-        return left * self.start + (1 - left) * self.end
+    def _left(self, s: Any, xp: Any) -> Any:
+        return 1 - s
 
 
 @dataclass(frozen=True)
@@ -553,7 +561,7 @@ def as_decay(value: float | DecayLike) -> Decay:
     """
     if isinstance(value, Decay):
         return value
-    if isinstance(value, type) and issubclass(value, Decay):
+    if isinstance(value, type) and callable(getattr(value, "keep", None)):
         raise TypeError(
             f"a decay is a value, and {value.__name__} is a class: write {value.__name__}(...)"
         )
@@ -689,14 +697,6 @@ def _exponent(std: float) -> float:
         y = std * x
         lower = x - (y * y * (x + 1) - (x - 1)) / (y * (3 * y + 2 * std) - 1)
     return x - 2
-
-
-def _schedule(start: float, end: float, steps: int) -> dict[str, object]:
-    return {
-        "start": _share("start", start),
-        "end": _share("end", end),
-        "steps": _count("steps", steps, 1),
-    }
 
 
 def _is_number(value: object) -> bool:

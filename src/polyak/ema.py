@@ -40,7 +40,6 @@ from polyak.selection import (
     View,
     describe,
     everything,
-    is_floating,
     listed,
     trainable,
     unwrap,
@@ -274,7 +273,7 @@ class EMA:
         if self._averages:
             return MappingProxyType(self._averages)
         view = self._walk()
-        return MappingProxyType({n: _trained(s.tensor) for n, s in _averaged(view).items()})
+        return MappingProxyType({n: _trained(s.tensor) for n, s in view.average.items()})
 
     @contextmanager
     def applied(self) -> Iterator[Mapping[str, Tensor]]:
@@ -298,8 +297,8 @@ class EMA:
             self._refuse_applied("apply the averages")
             checks.refuse_freezing()
             view = self._look()
-            self._warn_of_dominance(stacklevel=5)
-            self._warn_of_nonfinite()
+            self._warn_of_dominance(stacklevel=4)  # past the context manager
+            self._warn_of_nonfinite(stacklevel=4)
             values = self._values(view)
             slots = [slot for slot in view.tree.slots if slot.name in values]
             with _writing():
@@ -361,7 +360,7 @@ class EMA:
         engine.reshard(list(unwrap(module).modules()))
         target = Tree(module)
         _refuse_applied("copy into the model", {id(slot.tensor) for slot in target.slots})
-        slots = {key: target.by_name[key] for key in target.keys if key in target.by_name}
+        slots = target.entries
         wrong = [f"{key}: not in the module" for key in exported if key not in slots]
         wrong += [f"{key}: only in the module" for key in slots if key not in exported]
         wrong += [
@@ -491,7 +490,7 @@ class EMA:
         """
         view = self._look()
         self._warn_of_nonfinite()
-        averages = self._averages or self._copied(_averaged(view))
+        averages = self._averages or self._copied(view.average)
         hidden = {
             n: t for n, t in self._underneath.items() if n in averages and n not in self._apart
         }
@@ -514,7 +513,7 @@ class EMA:
         self._refuse_applied("load a state")
         facts = Facts.from_state(state)
         view = self._look()
-        slots = {n: _found(view, n) for n in self._averages} or _averaged(view)
+        slots = {n: _found(view, n) for n in self._averages} or view.average
         averages = matched(state["averages"], view, slots)
         if facts.updates != self._updates and any(
             engine.same(averages[name], mine) for name, mine in self._averages.items()
@@ -615,13 +614,12 @@ class EMA:
         """See the weights for the first time: copy them."""
         view = self._walk()
         checks.refuse_nothing(view, self._policy)
-        averages = self._copied(_averaged(view))
+        averages = self._copied(view.average)
         with uninterrupted():
             self._statistics = {}
             self._averages, self._clock, self._updates, self._pending = averages, clock, 1, 0
-            self._dtypes = {name: slot.tensor.dtype for name, slot in _averaged(view).items()}
+            self._dtypes = {name: slot.tensor.dtype for name, slot in view.average.items()}
             self._history = History(self._run, clock)
-            self._moments.first()
 
     def _advance(self, history: History, clock: int) -> None:
         dt = clock - self._clock
@@ -681,7 +679,6 @@ class EMA:
             if home.tensor.dtype != dtype:
                 self._apart.add(name)
         self._history = History(self._run, 0, inherited=True)
-        self._moments.first()
 
     def _copied(self, slots: Mapping[str, Slot]) -> dict[str, Tensor]:
         """Return copies of the model's tensors in the dtype of averages."""
@@ -826,11 +823,9 @@ class EMA:
     def _exported(self, view: View) -> dict[str, Tensor]:
         """Return the averaged model under the keys of its state dict, nothing copied."""
         values = self._values(view)
-        slots = {key: view.tree.by_name.get(key) for key in view.tree.keys}
         return {
             key: values[slot.name] if slot.name in values else _trained(slot.tensor)
-            for key, slot in slots.items()
-            if slot is not None
+            for key, slot in view.tree.entries.items()
         }
 
     # -------------------------------------------------------------- facts and warnings, inside
@@ -865,14 +860,14 @@ class EMA:
         modules = [self._model] + ([self._teacher] if self._teacher is not None else [])
         return {id(t) for m in modules for t in itertools.chain(m.parameters(), m.buffers())}
 
-    def _warn_of_nonfinite(self) -> None:
+    def _warn_of_nonfinite(self, stacklevel: int = 3) -> None:
         count = self._count_nonfinite()
         if count > self._nonfinite_told:
             self._nonfinite_told = count
             warnings.warn(
                 f"{count} elements of the weights were not finite at an update and kept their "
                 "average, which is clean; the model may not be: copy_to(model) heals it",
-                stacklevel=3,
+                stacklevel=stacklevel,
             )
 
     def _warn_of_dominance(self, stacklevel: int) -> None:
@@ -922,11 +917,12 @@ def update_(teacher: nn.Module, student: nn.Module, decay: Constant | float = 0.
     student, teacher = unwrap(student), unwrap(teacher)
     engine.reshard([*student.modules(), *teacher.modules()])
     view = View(student, teacher, everything)
-    pairs = [(view.home(name), view.slot(name)) for name in view.average]
+    pairs = [(view.home(name), slot) for name, slot in view.average.items()]
+    homes = [home for home, _ in pairs if home is not None]
     narrow = [
         f"{home.name}: {home.tensor.dtype}"
-        for home, _ in pairs
-        if home and home.tensor.dtype != engine.average_dtype(home.tensor.dtype)
+        for home in homes
+        if home.tensor.dtype != engine.average_dtype(home.tensor.dtype)
     ]
     if narrow:
         raise ValueError(
@@ -935,7 +931,7 @@ def update_(teacher: nn.Module, student: nn.Module, decay: Constant | float = 0.
         )
     with _writing():
         plans = [
-            engine.Plan([a.tensor for a, _ in pairs if a], [b.tensor for _, b in pairs if b]),
+            engine.Plan([home.tensor for home in homes], [slot.tensor for _, slot in pairs]),
             engine.Plan([a.tensor for a, _ in view.follow], [b.tensor for _, b in view.follow]),
         ]
         _put_into_eval(teacher, student)
@@ -1028,10 +1024,6 @@ def _names_in(tree: Tree, part: str) -> dict[str, str]:
     return names
 
 
-def _averaged(view: View) -> dict[str, Slot]:
-    return {name: _found(view, name) for name in view.average}
-
-
 def _found(view: View, name: str) -> Slot:
     slot = view.slot(name)
     if slot is None:
@@ -1050,17 +1042,16 @@ def _intact(view: View) -> bool:
 
 def _by_name(tree: Tree, found: Mapping[nn.Module, batchnorm.Statistics]) -> dict[str, Tensor]:
     """Return the statistics that were found, by the name of the buffer they are for."""
-    of = {id(module._buffers): statistics for module, statistics in found.items()}
-    named = {}
-    for slot in tree.slots:
-        for owner, key, _ in slot.places:
-            if id(owner) in of and key in ("running_mean", "running_var"):
-                named[slot.name] = getattr(of[id(owner)], key.removeprefix("running_"))
-    return named
+    names = {id(tensor): slot.name for slot in tree.slots for _, _, tensor in slot.places}
+    return {
+        names[id(tensor)]: value
+        for layer, (mean, var) in found.items()
+        for tensor, value in ((layer.running_mean, mean), (layer.running_var, var))
+    }
 
 
 def _lazy(tensor: Tensor, dtype: torch.dtype | None) -> files.Lazy:
-    if dtype is None or not is_floating(tensor):
+    if dtype is None or not engine.is_floating(tensor):
         dtype = tensor.dtype
     elif tensor.is_complex():
         dtype = dtype.to_complex()

@@ -62,11 +62,6 @@ class Moments:
     first_share: float = 1.0
     newest_share: float = 1.0
 
-    def first(self) -> None:
-        """Start again: the average is exactly one state, of age 0."""
-        self.mean_age, self.variance = 0.0, 0.0
-        self.concentration = self.largest_share = self.first_share = self.newest_share = 1.0
-
     def tick(self, keep: float, dt: float) -> None:
         """Account for one update.
 

@@ -9,7 +9,6 @@ whether they are numbers, and which are one.
 from __future__ import annotations
 
 import operator
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -17,6 +16,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+
+from polyak.engine import is_dense, is_floating, loaded, overlaps_itself
 
 __all__ = [
     "Only",
@@ -28,7 +29,6 @@ __all__ = [
     "decide",
     "describe",
     "everything",
-    "is_floating",
     "listed",
     "trainable",
     "unwrap",
@@ -164,6 +164,11 @@ class Tree:
         self._known: dict[object, Slot] = {}
         self._walk(root, "")
 
+    @property
+    def entries(self) -> dict[str, Slot]:
+        """The dense tensors of the state dict by their keys, in its order."""
+        return {key: self.by_name[key] for key in self.keys if key in self.by_name}
+
     def _walk(self, module: nn.Module, prefix: str) -> None:
         inner = unwrap(module)
         while module is not inner:
@@ -192,7 +197,7 @@ class Tree:
                 f"{name} has no shape yet (a lazy module); run one forward pass, then build the EMA"
             )
         persistent = key not in module._non_persistent_buffers_set
-        if not _is_dense(tensor):
+        if not is_dense(tensor):
             if tensor.requires_grad:
                 raise ValueError(
                     f"{name} is trained as a {type(tensor).__name__} in the layout "
@@ -257,7 +262,7 @@ class View:
     Attributes:
         tree: the model.
         teacher: the module that holds the averages, or None.
-        average: the names that the policy wants averaged.
+        average: name of an average that the policy wants -> the model's slot that it sees.
         follow: (teacher's slot, model's slot) of what the teacher copies on each update.
         owners, keys, values: while `owner.get(key) is value` for all, so does the walk hold.
 
@@ -269,13 +274,14 @@ class View:
     def __init__(self, model: nn.Module, teacher: nn.Module | None, policy: Policy) -> None:
         self.tree = Tree(model)
         self.teacher = None if teacher is None else Tree(teacher)
-        self.average: list[str] = []
+        self.average: dict[str, Slot] = {}
         self.follow: list[tuple[Slot, Slot]] = []
         links = self.tree.links + (self.teacher.links if self.teacher else [])
         self.owners, self.keys, self.values = ([link[i] for link in links] for i in range(3))
         verdicts = decide(self.tree, policy)
         if self.teacher is None:
-            self.average = [name for name, verdict in verdicts.items() if verdict == "average"]
+            slots = {slot.name: slot for slot in self.tree.slots}
+            self.average = {n: s for n, s in slots.items() if verdicts[n] == "average"}
             return
         wrong = list(self._differences(self.teacher, verdicts, decide(self.teacher, policy)))
         if wrong:
@@ -287,7 +293,7 @@ class View:
         for mine in self.teacher.slots:
             slot = self.slot(mine.name)
             if slot is not None and verdicts[slot.name] == "average":
-                self.average.append(mine.name)
+                self.average[mine.name] = slot
             elif slot is not None and verdicts[slot.name] == "follow":
                 self.follow.append((mine, slot))
 
@@ -343,11 +349,6 @@ def describe(policy: Policy) -> str:
     return getattr(policy, "__qualname__", repr(policy))
 
 
-def is_floating(tensor: Tensor) -> bool:
-    """Whether the elements are real or complex numbers, so that a mean of them makes sense."""
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
 def listed(lines: Iterable[str], most: int = 20) -> str:
     """Return the lines as an indented block, for an error message."""
     lines = list(lines)
@@ -358,18 +359,14 @@ def listed(lines: Iterable[str], most: int = 20) -> str:
 _CHECKPOINT = "torch.distributed.algorithms._checkpoint.checkpoint_wrapper"
 
 
-def _loaded(module: str, name: str) -> type | None:
-    return getattr(sys.modules.get(module), name, None)
-
-
 def _inside(module: nn.Module) -> nn.Module:
     """Return the module that a wrapper wraps; what is no wrapper itself."""
     module = _checked(module)
     if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         return _checked(module.module)
-    if type(module) is _loaded("torch._dynamo.eval_frame", "OptimizedModule"):
+    if type(module) is loaded("torch._dynamo.eval_frame", "OptimizedModule"):
         return _checked(module._orig_mod)
-    if isinstance(module, _loaded(_CHECKPOINT, "ActivationWrapper") or ()):
+    if isinstance(module, loaded(_CHECKPOINT, "ActivationWrapper") or ()):
         return _checked(module._checkpoint_wrapped_module)
     return module
 
@@ -385,9 +382,7 @@ def _checked(module: object) -> nn.Module:
             f"{type(module).__name__} is a scripted module, whose tensors cannot be followed; "
             "build the EMA from the module before torch.jit.script"
         )
-    fsdp1 = _loaded(
-        "torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel"
-    )
+    fsdp1 = loaded("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel")
     if fsdp1 is not None and isinstance(module, fsdp1):
         raise TypeError(
             "FullyShardedDataParallel (FSDP1) keeps its parameters in flat pieces that cannot be "
@@ -404,17 +399,9 @@ def _identities(tensor: Tensor) -> Iterator[object]:
         yield tensor.device, pointer, tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether it is plain memory: neither sparse nor packed by a subclass, but perhaps sharded."""
-    packed = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
-    sharded = isinstance(tensor, _loaded("torch.distributed.tensor", "DTensor") or ())
-    return tensor.layout == torch.strided and (sharded or not packed)
-
-
 def _is_cache(name: str, tensor: Tensor, module: nn.Module) -> bool:
     """Whether a module makes it for itself: not in the state dict, or an expanded constant."""
-    expanded = 0 in (s for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1)
-    return expanded or _key(name) in module._non_persistent_buffers_set
+    return overlaps_itself(tensor) or _key(name) in module._non_persistent_buffers_set
 
 
 def _key(name: str) -> str:

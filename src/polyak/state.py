@@ -16,7 +16,7 @@ from torch import Tensor
 from polyak import engine
 from polyak.decay import Spec
 from polyak.profile import History, Moments
-from polyak.selection import Slot, View, is_floating, listed
+from polyak.selection import Slot, View, listed
 
 __all__ = ["FORMAT", "Facts", "matched"]
 
@@ -139,7 +139,7 @@ def _fault(average: Any, tensor: Tensor) -> str | None:
         return f"a {type(average).__name__}, no tensor"
     if average.shape != tensor.shape:
         return f"{tuple(average.shape)} in the state, {tuple(tensor.shape)} in the model"
-    if not is_floating(average) or average.is_complex() != tensor.is_complex():
+    if not engine.is_floating(average) or average.is_complex() != tensor.is_complex():
         return f"{average.dtype} in the state, {tensor.dtype} in the model"
     if average.dtype != engine.average_dtype(average.dtype):
         return f"{average.dtype} in the state, too narrow for an average"

@@ -50,11 +50,9 @@ class Aside:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the tensors of the trained model's state dict, kept aside or as they stand."""
-        slots = {key: self._tree.by_name.get(key) for key in self._tree.keys}
         return {
             key: self._kept.get(slot.name, slot.tensor.detach())
-            for key, slot in slots.items()
-            if slot is not None
+            for key, slot in self._tree.entries.items()
         }
 
     def restore(self) -> list[str]:
@@ -76,9 +74,9 @@ class Aside:
 
     def _relink(self) -> list[str]:
         changed = []
-        names = {id(t): slot for slot in self._tree.slots for _, _, t in slot.places}
+        slots = {id(t): slot for slot in self._tree.slots for _, _, t in slot.places}
         for owner, key, value in self._tree.links:
-            slot = names.get(id(value))
+            slot = slots.get(id(value))
             if owner.get(key) is not value and not _grown(slot, owner.get(key)):
                 owner[key] = value
                 if slot is None or not slot.is_buffer:  # buffers may be assigned by a forward

@@ -29,10 +29,16 @@ __all__ = [
     "copy",
     "distance",
     "empty_like",
+    "is_dense",
+    "is_floating",
+    "is_sharded",
     "lerp",
+    "loaded",
     "local",
     "nonfinite",
+    "overlaps_itself",
     "reshard",
+    "same",
     "unsharded",
     "write",
 ]
@@ -159,6 +165,17 @@ def empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.empty_like(tensor, dtype=dtype)
 
 
+def is_floating(tensor: Tensor) -> bool:
+    """Whether the elements are real or complex numbers, so that a mean of them makes sense."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether it is plain memory: neither sparse nor packed by a subclass, but perhaps sharded."""
+    packed = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return tensor.layout == torch.strided and (_is_dtensor(tensor) or not packed)
+
+
 def overlaps_itself(tensor: Tensor) -> bool:
     """Whether elements share memory (an expanded tensor), so that it cannot be written in place."""
     return 0 in (s for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1)
@@ -214,7 +231,7 @@ def reshard(modules: Sequence[torch.nn.Module]) -> None:
     After a forward without a backward the root stays unsharded: its registered parameters are full
     copies, and what is written to them is lost.
     """
-    fsdp = _loaded("torch.distributed.fsdp", "FSDPModule")
+    fsdp = loaded("torch.distributed.fsdp", "FSDPModule")
     if fsdp is not None:
         for module in modules:
             if isinstance(module, fsdp):
@@ -236,11 +253,11 @@ def _shard(tensor: Tensor) -> Tensor:
 def _is_dtensor(tensor: Tensor) -> bool:
     if type(tensor) in (Tensor, torch.nn.Parameter):
         return False
-    dtensor = _loaded("torch.distributed.tensor", "DTensor")
+    dtensor = loaded("torch.distributed.tensor", "DTensor")
     return dtensor is not None and isinstance(tensor, dtensor)
 
 
-def _loaded(module: str, name: str) -> type | None:
+def loaded(module: str, name: str) -> type | None:
     """Return a class of a torch module that is slow to import, if somebody has imported it."""
     return getattr(sys.modules.get(module), name, None)
 
