@@ -74,6 +74,7 @@ SURFACE = {
     "PowerLaw": "(std: 'float') -> None",
     "Uniform": "() -> None",
     "everything": "(name: 'str', tensor: 'Tensor', module: 'nn.Module') -> 'Verdict'",
+    "parameters": "(name: 'str', tensor: 'Tensor', module: 'nn.Module') -> 'Verdict'",
     "trainable": "(name: 'str', tensor: 'Tensor', module: 'nn.Module') -> 'Verdict'",
     "update_": "(teacher: 'nn.Module', student: 'nn.Module', "
     "decay: 'Constant | float' = 0.5) -> 'None'",

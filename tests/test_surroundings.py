@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from polyak import EMA, Constant, engine, update_
+from polyak import EMA, Constant, engine, trainable, update_
 from polyak.files import read, read_facts
+from polyak.profile import inner
+from polyak.swap import uninterrupted
 
 
 def walk_(model: nn.Module) -> None:
@@ -414,3 +416,226 @@ def test_a_wrapper_may_have_modules_of_its_own() -> None:
     model = nn.Sequential(Wrapped(nn.Linear(2, 2)))
     assert set(EMA(model).averages) == {"0.weight", "0.bias"}
     assert set(EMA(Wrapped(nn.Linear(2, 2))).averages) == {"weight", "bias"}
+
+
+def test_a_student_that_is_frozen_for_a_phase_does_not_overwrite_its_teacher() -> None:
+    """A policy that looks at requires_grad: what was averaged stays an average."""
+    student = nn.Linear(3, 3)
+    teacher = copy.deepcopy(student)
+    ema = EMA(student, 0.9, into=teacher, policy=trainable)
+    expected = teacher.weight.detach().clone()
+    for step in range(6):
+        student.requires_grad_(step > 1)
+        student.weight.data += torch.randn(3, 3)
+        expected.lerp_(student.weight.detach(), 0.1)
+        ema.update()
+    assert torch.allclose(teacher.weight, expected, rtol=0, atol=1e-6)
+
+
+def test_what_has_no_mean_is_not_averaged() -> None:
+    model = nn.BatchNorm1d(2)
+    with pytest.raises(ValueError, match=r"num_batches_tracked: torch.int64 has no mean; .*follow"):
+        EMA(model, policy=lambda name, tensor, module: "average")
+
+
+def test_a_policy_sees_the_owner_under_each_name() -> None:
+    model = nn.ModuleDict({"embedding": nn.Embedding(3, 4), "out": nn.Linear(4, 3, bias=False)})
+    model["out"].weight = model["embedding"].weight
+    seen = {}
+
+    def policy(name: str, tensor: Tensor, module: nn.Module) -> Any:
+        seen[name] = type(module)
+        return "average"
+
+    EMA(model, policy=policy)
+    assert seen == {"embedding.weight": nn.Embedding, "out.weight": nn.Linear}
+
+
+def test_what_was_deleted_comes_back_in_its_place() -> None:
+    """A Sequential runs its modules in the order of its dictionary."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    ema = moved(model)
+    keys, first = list(model.state_dict()), model[0]
+    with pytest.raises(RuntimeError, match="changed inside applied"), ema.applied():
+        del model._modules["0"]
+    assert list(model.state_dict()) == keys
+    assert model[0] is first
+
+
+def test_the_function_is_refused_where_averages_are_applied() -> None:
+    student, teacher = nn.Linear(2, 2), nn.Linear(2, 2)
+    for model in (student, teacher):
+        ema = moved(model)
+        before = copy.deepcopy(teacher.state_dict())
+        with ema.applied(), pytest.raises(RuntimeError, match="cannot update a teacher now"):
+            update_(teacher, student)
+        assert all(torch.equal(t, before[key]) for key, t in teacher.state_dict().items())
+
+
+def test_values_that_a_dtype_cannot_hold_are_not_written(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    model.weight.data.fill_(1e5)
+    ema = EMA(model, 0.5)
+    ema.update()
+    ema.save(tmp_path / "a.safetensors")
+    before = (tmp_path / "a.safetensors").read_bytes()
+    with pytest.raises(
+        ValueError, match=r"weight has values that torch.float16 cannot hold.*1e\+05"
+    ):
+        ema.save(tmp_path / "a.safetensors", dtype=torch.float16)
+    assert (tmp_path / "a.safetensors").read_bytes() == before
+
+
+def test_a_state_that_would_overflow_is_refused() -> None:
+    wide, narrow = nn.Linear(2, 2).double(), nn.Linear(2, 2)
+    wide.weight.data.fill_(1e300)
+    source, ema = EMA(wide, 0.5), EMA(narrow, 0.5)
+    source.update()
+    with pytest.raises(ValueError, match=r"weight: values beyond 3\.4e\+38"):
+        ema.load_state_dict(source.state_dict())
+    assert ema.clock == 0
+
+
+def test_a_wrapped_teacher_is_in_eval_mode_whole() -> None:
+    student, teacher = nn.Linear(2, 2), nn.DataParallel(nn.Linear(2, 2))
+    EMA(student, 0.5, into=teacher)
+    assert not teacher.training
+    assert not teacher.module.training
+
+
+def test_threads_that_validate_do_not_lose_the_weights() -> None:
+    """Whoever comes second sees the averages already applied, and waits with restoring."""
+    model = nn.ModuleList(nn.Linear(32, 32) for _ in range(30))
+    ema = moved(model)
+    before = copy.deepcopy(model.state_dict())
+    average = ema.averages["0.weight"].clone()
+    wrong = []
+    ready = threading.Barrier(3)
+
+    def validate() -> None:
+        ready.wait()
+        for _ in range(10):
+            with ema.applied():
+                if not torch.equal(model[0].weight, average):
+                    wrong.append("not the averages")
+
+    threads = [threading.Thread(target=validate) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_every_handler_is_back_although_one_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Ctrl-C while the handlers are put back must not leave SIGTERM without one."""
+    handled = []
+    previous = signal.signal(signal.SIGTERM, lambda *_: handled.append("term"))
+    original, interrupts = signal.signal, [True]
+
+    def install(number: int, handler: Any) -> Any:
+        result = original(number, handler)
+        if handler is signal.default_int_handler and interrupts:
+            interrupts.clear()
+            os.kill(os.getpid(), signal.SIGINT)
+        return result
+
+    try:
+        with pytest.raises(KeyboardInterrupt), uninterrupted():
+            monkeypatch.setattr(signal, "signal", install)
+        monkeypatch.undo()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert handled == ["term"]
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+class Counting(nn.Module):
+    """Counts what it sees, also in eval mode."""
+
+    def __init__(self, norm: nn.BatchNorm1d) -> None:
+        super().__init__()
+        self.norm, self.head = norm, nn.Linear(3, 3)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += len(x)
+        out: Tensor = self.head(self.norm(x))
+        return out
+
+
+def test_re_estimating_a_teacher_changes_nothing_else() -> None:
+    """Neither its own counters, nor the statistics of a layer that is the student's as well."""
+    norm = nn.BatchNorm1d(3)
+    student, teacher = Counting(norm), Counting(norm)
+    ema = EMA(
+        student, 0.5, into=teacher, policy=lambda n, t, m: "leave" if "norm" in n else "average"
+    )
+    before = norm.running_mean.clone()
+    ema.reestimate_statistics([torch.randn(8, 3) + 5])
+    assert torch.equal(norm.running_mean, before)
+    assert float(teacher.seen) == 0
+
+
+def test_a_reset_teacher_starts_from_its_average() -> None:
+    student = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    teacher = copy.deepcopy(student)
+    ema = EMA(student, 0.5, into=teacher)
+    ema.update()
+    average = ema.averages["1.running_mean"].clone()
+    ema.reestimate_statistics([torch.randn(8, 3) + 5])
+    ema.reset()
+    assert torch.equal(ema.averages["1.running_mean"], average)
+
+
+def test_what_comes_after_a_reset_shares_no_states_with_what_was() -> None:
+    model = nn.Linear(2, 2)
+    ema = moved(model)
+    before = ema.history
+    ema.reset()
+    for _ in range(3):
+        ema.update()
+    assert before is not None
+    assert ema.history is not None
+    assert inner(before, before) > 0
+    assert inner(before, ema.history) == 0
+
+
+def test_steps_that_no_update_has_seen_count_after_all() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ema = EMA(model)
+    handle = ema.attach(optimizer, every=4)
+    for _ in range(6):
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    handle.remove()
+    ema.update()
+    assert ema.clock == 7
+
+
+def test_the_trained_weights_are_let_go_with_the_block() -> None:
+    model = nn.Linear(2, 2)
+    ema = moved(model)
+    with ema.applied() as trained:
+        assert torch.equal(trained["weight"], trained["weight"])
+    assert not trained
+
+
+def test_a_lazily_negated_parameter_is_refused() -> None:
+    model = nn.Linear(2, 2, dtype=torch.complex64)
+    model.weight = nn.Parameter(model.weight.detach().conj())
+    with pytest.raises(ValueError, match="weight is trained as a Parameter"):
+        EMA(model)
+
+
+def test_a_pretended_optimizer_is_refused() -> None:
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+
+    model = nn.Linear(2, 2)
+    wrapper = Wrapper(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(TypeError, match=r"pass the optimizer inside"):
+        EMA(model).attach(wrapper)

@@ -13,7 +13,7 @@ from polyak.decay import (
     Uniform,
 )
 from polyak.ema import EMA, update_
-from polyak.selection import Only, everything, trainable
+from polyak.selection import Only, everything, parameters, trainable
 
 __version__ = version("polyak")
 
@@ -29,6 +29,7 @@ __all__ = [
     "PowerLaw",
     "Uniform",
     "everything",
+    "parameters",
     "trainable",
     "update_",
 ]

@@ -29,7 +29,8 @@ class Attachment:
         before: Callable[[], None],
         after: Callable[[], None],
     ) -> None:
-        if not isinstance(optimizer, torch.optim.Optimizer):
+        hooked = hasattr(optimizer, "_optimizer_step_pre_hooks")  # a wrapper may only pretend
+        if not (isinstance(optimizer, torch.optim.Optimizer) and hooked):
             raise TypeError(
                 f"attach takes a torch.optim.Optimizer, got {type(optimizer).__name__}; if it "
                 "wraps one (Accelerate, Lightning), pass the optimizer inside: wrapper.optimizer"

@@ -54,6 +54,8 @@ _DEAD_ZONE = 1e-3  # relative, from where on `report` warns
 
 # One id for all averages of a model in this process: they share the states that they have seen.
 _runs: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+# Of whoever changes an average, or lets a model hold one: threads may validate, save and train.
+_lock = threading.RLock()
 # The averages that some model holds at this moment, in place of its trained weights.
 _applied: list[EMA] = []
 
@@ -146,7 +148,6 @@ class EMA:
         self._attachments: list[Attachment] = []
         self._aside: Aside | None = None
         self._blocks: list[object] = []  # the open blocks of `applied`
-        self._lock = threading.RLock()  # between an update and a file that is being written
         view = self._walk()
         checks.refuse_nothing(view, self._policy)
         checks.refuse_device(device, view)
@@ -157,7 +158,7 @@ class EMA:
             for parameter in self._teacher.parameters():
                 if id(parameter) not in trained:  # a part that both share stays the model's
                     parameter.requires_grad_(False)
-            _put_into_eval(self._teacher, self._model)
+            _put_into_eval(self._teacher if into is None else into, self._model)
 
     # -------------------------------------------------------------- the clock and the update
 
@@ -199,7 +200,8 @@ class EMA:
                 "update() would tick twice per step and halve the horizon. Delete the call, or "
                 "remove() the handle that attach returned"
             )
-        self._update(self._clock + 1 if t is None else checks.checked_clock(t))
+        next_clock = self._clock + self._pending + 1
+        self._update(next_clock if t is None else checks.checked_clock(t))
 
     def attach(
         self, optimizer: torch.optim.Optimizer, *, every: int = 1, tick: int = 1
@@ -258,6 +260,9 @@ class EMA:
         """
         self._refuse_applied("reset")
         view = self._walk()
+        with _writing():
+            self._forget_statistics()
+        self._run += "/reset"  # what comes shares no states with what was
         self._start_over()
         if self._teacher is not None:
             self._start_from_teacher(view)
@@ -292,33 +297,19 @@ class EMA:
                 leaving, a parameter or a module was replaced inside (after all is back).
             ValueError: the model's tensors are not what they were; all differences are listed.
         """
-        aside, plan = self._aside, None
-        if aside is None:
-            self._refuse_applied("apply the averages")
-            checks.refuse_freezing()
-            view = self._look()
-            self._warn_of_dominance(stacklevel=4)  # past the context manager
-            self._warn_of_nonfinite(stacklevel=4)
-            values = self._values(view)
-            slots = [slot for slot in view.tree.slots if slot.name in values]
-            with _writing():
-                plan = engine.Plan([s.tensor for s in slots], [values[s.name] for s in slots])
-                aside = Aside(view.tree, slots)
         block = object()
+        trained: dict[str, Tensor] = {}
         changed: list[str] = []
         try:
             try:
-                self._blocks.append(block)
-                if plan is not None:
-                    self._aside = aside
-                    _applied.append(self)
-                    with _writing():
-                        engine.write(plan)
-                yield MappingProxyType(aside.state_dict())
+                with _lock:
+                    trained |= self._enter(block)
+                yield MappingProxyType(trained)
             finally:
                 changed += self._leave(block)
         finally:  # for a Ctrl-C on the first line of the other; else there is nothing left to do
             changed += self._leave(block)
+            trained.clear()  # or a reference to it would keep a whole model
             if changed:
                 raise RuntimeError(
                     "the model was changed inside applied(); its weights and modules are back as "
@@ -329,8 +320,9 @@ class EMA:
     def model_state_dict(self, part: str = "") -> dict[str, Any]:
         """Return copies of the averaged model, with the keys of its `state_dict()`.
 
-        In the model's dtypes; what is not averaged is the model's own. A plain model loads it with
-        `load_state_dict(..., strict=True)`. State dict hooks of the model are not run.
+        In the model's dtypes. What is not averaged is the model's own; with `into` the teacher's,
+        where it has a tensor of that name, be it one that was left alone. A plain model loads it
+        with `load_state_dict(..., strict=True)`. State dict hooks of the model are not run.
 
         Args:
             part: the name of a module in it, to get that module alone under its own names.
@@ -434,7 +426,7 @@ class EMA:
         tensors = {}
         for key in averaged if averages_only else exported:
             own = None if averages_only else view.tree.by_name[key].tensor.dtype
-            tensors[names[key]] = _lazy(exported[key], dtype or own)
+            tensors[names[key]] = _lazy(key, exported[key], dtype or own)
         facts = {
             "producer": f"polyak {importlib.metadata.version('polyak')}",
             "part": part,
@@ -442,7 +434,7 @@ class EMA:
             "reestimated": [names[key] for key in sorted(self._statistics) if key in names],
             "left_out": sorted(left_out),
         }
-        with self._lock:  # no update of another thread while the file is written
+        with _lock:  # no update of another thread while the file is written
             files.write(path, tensors, self._facts() | facts)
 
     def reestimate_statistics(self, batches: Iterable[Any], limit: int | None = None) -> None:
@@ -468,10 +460,17 @@ class EMA:
                     for name, value in self._statistics.items():
                         tree.by_name[name].tensor.copy_(value)
             return
-        self._look()
-        tree = Tree(self._teacher)
-        statistics = _by_name(tree, batchnorm.reestimate(self._teacher, batches, limit))
-        with _writing():
+        view, tree = self._look(), Tree(self._teacher)
+        aside = Aside(tree, [])  # a forward may change other buffers too
+        try:
+            found = batchnorm.reestimate(self._teacher, batches, limit)
+        finally:
+            with uninterrupted(), _writing():
+                aside.restore()
+        own = {id(slot.tensor) for slot in view.tree.slots}
+        statistics = _by_name(tree, found)
+        statistics = {n: s for n, s in statistics.items() if id(tree.by_name[n].tensor) not in own}
+        with _lock, _writing():
             self._forget_statistics()
             for name, value in statistics.items():
                 tensor = tree.by_name[name].tensor
@@ -530,7 +529,7 @@ class EMA:
                 "the recorded one",
                 stacklevel=2,
             )
-        with self._lock, uninterrupted():
+        with _lock, uninterrupted():
             if facts.history is None:
                 self.reset()
             else:
@@ -601,8 +600,8 @@ class EMA:
                 f"the clock stands at {self._clock} and cannot go back to {clock}; pass the number "
                 "of optimizer steps since the beginning of the run, or reset() to start over"
             )
-        self._refuse_applied("update")
-        with self._lock:
+        with _lock:
+            self._refuse_applied("update")
             if self._history is None:
                 self._begin(clock)
             elif clock == self._clock:
@@ -715,16 +714,37 @@ class EMA:
                 home.tensor.copy_(average)
         self._statistics, self._underneath = {}, {}
 
+    def _enter(self, block: object) -> dict[str, Tensor]:
+        """Begin a block of `applied`; return the state dict of the trained model."""
+        if self._aside is not None:
+            self._blocks.append(block)
+            return self._aside.state_dict()
+        self._refuse_applied("apply the averages")
+        checks.refuse_freezing()
+        view = self._look()
+        self._warn_of_dominance(stacklevel=5)  # past the context manager
+        self._warn_of_nonfinite(stacklevel=5)
+        values = self._values(view)
+        slots = [slot for slot in view.tree.slots if slot.name in values]
+        with _writing():
+            plan = engine.Plan([s.tensor for s in slots], [values[s.name] for s in slots])
+            aside = Aside(view.tree, slots)
+            self._blocks.append(block)
+            self._aside = aside
+            _applied.append(self)
+            engine.write(plan)
+        return aside.state_dict()
+
     def _leave(self, block: object) -> list[str]:
         """End a block of `applied`; with the last one the trained weights are back.
 
         Returns what else had changed. What was begun and not finished is done again.
         """
-        if block in self._blocks:
-            self._blocks.remove(block)
-        if self._blocks or self._aside is None:
-            return []
-        with uninterrupted(), _writing():
+        with _lock, uninterrupted(), _writing():
+            if block in self._blocks:
+                self._blocks.remove(block)
+            if self._blocks or self._aside is None:
+                return []
             changed = self._aside.restore()
             self._aside = None
             _applied[:] = [ema for ema in _applied if ema is not self]
@@ -797,9 +817,9 @@ class EMA:
             self._plan = engine.Plan(list(self._averages.values()), weights)
             homes = {name: home.tensor for name in self._apart if (home := view.home(name))}
             self._through = engine.Plan(list(homes.values()), [self._averages[n] for n in homes])
-            self._follow = engine.Plan(
-                [mine.tensor for mine, _ in view.follow], [slot.tensor for _, slot in view.follow]
-            )
+            # What was averaged stays so, also while it is frozen and a policy would let it follow.
+            follow = [(a, b) for a, b in view.follow if a.name not in self._averages]
+            self._follow = engine.Plan([a.tensor for a, _ in follow], [b.tensor for _, b in follow])
         return self._plan
 
     def _drop_plan(self) -> None:
@@ -874,6 +894,8 @@ class EMA:
         share = self._moments.first_share
         if share < _SHARE or share * self._updates <= 2.0 or self._dominance_told:
             return
+        if self._teacher is not None:  # it is meant to keep what it began with for a while
+            return
         self._dominance_told = True
         warnings.warn(
             f"after {self._updates} updates the first weights seen still are {share:.0%} of this "
@@ -917,6 +939,9 @@ def update_(teacher: nn.Module, student: nn.Module, decay: Constant | float = 0.
     student, teacher = unwrap(student), unwrap(teacher)
     engine.reshard([*student.modules(), *teacher.modules()])
     view = View(student, teacher, everything)
+    tensors = {id(slot.tensor) for slot in view.tree.slots}
+    tensors |= {id(home.tensor) for key in view.tree.by_name if (home := view.home(key))}
+    _refuse_applied("update a teacher", tensors)
     pairs = [(view.home(name), slot) for name, slot in view.average.items()]
     homes = [home for home, _ in pairs if home is not None]
     narrow = [
@@ -1050,12 +1075,23 @@ def _by_name(tree: Tree, found: Mapping[nn.Module, batchnorm.Statistics]) -> dic
     }
 
 
-def _lazy(tensor: Tensor, dtype: torch.dtype | None) -> files.Lazy:
+def _lazy(name: str, tensor: Tensor, dtype: torch.dtype | None) -> files.Lazy:
     if dtype is None or not engine.is_floating(tensor):
         dtype = tensor.dtype
     elif tensor.is_complex():
         dtype = dtype.to_complex()
-    return files.Lazy(dtype, tensor.shape, partial(tensor.to, dtype))
+    return files.Lazy(dtype, tensor.shape, partial(_cast, name, tensor, dtype))
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the tensor in a dtype that can hold its values."""
+    cast = tensor.to(dtype)
+    if engine.nonfinite([cast]) and not engine.nonfinite([tensor]):
+        raise ValueError(
+            f"{name} has values that {dtype} cannot hold, up to {float(tensor.abs().max()):.3g}; "
+            "save with dtype=torch.float32 or torch.bfloat16"
+        )
+    return cast
 
 
 def _spelled(spec: Any) -> str:

@@ -30,6 +30,7 @@ __all__ = [
     "describe",
     "everything",
     "listed",
+    "parameters",
     "trainable",
     "unwrap",
 ]
@@ -67,6 +68,15 @@ def everything(name: str, tensor: Tensor, module: nn.Module) -> Verdict:
     if _is_cache(name, tensor, module):
         return "leave"
     return "average" if is_floating(tensor) else "follow"
+
+
+def parameters(name: str, tensor: Tensor, module: nn.Module) -> Verdict:
+    """Average the parameters, and leave buffers alone: a teacher that keeps its own statistics.
+
+    >>> parameters("running_mean", nn.BatchNorm1d(2).running_mean, nn.BatchNorm1d(2))
+    'leave'
+    """
+    return "average" if isinstance(tensor, nn.Parameter) else "leave"
 
 
 @dataclass(frozen=True)
@@ -124,8 +134,8 @@ class Slot:
     """One tensor of a model: all its names, and every place where it is registered."""
 
     tensor: Tensor
-    module: nn.Module  # the owner of the first place
     names: list[str]
+    modules: list[nn.Module]  # the owner under each name
     places: list[tuple[dict[str, Any], str, Tensor]] = field(repr=False)
     persistent: bool
 
@@ -211,10 +221,11 @@ class Tree:
         identities = list(_identities(tensor))
         slot = next((self._known[i] for i in identities if i in self._known), None)
         if slot is None:
-            slot = Slot(tensor, module, [], [], persistent)
+            slot = Slot(tensor, [], [], [], persistent)
             self.slots.append(slot)
         self._known.update(dict.fromkeys(identities, slot))
         slot.names.append(name)
+        slot.modules.append(module)
         slot.places.append((owner, key, tensor))
         slot.persistent |= persistent
         self.links.append((owner, key, tensor))
@@ -235,7 +246,8 @@ def decide(tree: Tree, policy: Policy) -> dict[str, Verdict]:
     if isinstance(policy, Only):
         wrong += [f"{part}: there is no such part" for part in policy.missing(tree.by_name)]
     for slot in tree.slots:
-        said = {name: policy(name, slot.tensor, slot.module) for name in slot.names}
+        owners = zip(slot.names, slot.modules, strict=True)
+        said = {name: policy(name, slot.tensor, module) for name, module in owners}
         if len(set(said.values())) > 1:
             wrong.append(f"{said}: one tensor under several names takes one verdict")
         wrong += [
@@ -243,6 +255,8 @@ def decide(tree: Tree, policy: Policy) -> dict[str, Verdict]:
             for name, verdict in said.items()
             if verdict not in get_args(Verdict)
         ]
+        if "average" in said.values() and not is_floating(slot.tensor):
+            wrong.append(f"{slot.name}: {slot.tensor.dtype} has no mean; say 'follow' of it")
         verdicts[slot.name] = said[slot.name]
     if wrong:
         raise ValueError(

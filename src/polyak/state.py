@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from polyak import engine
@@ -147,6 +148,10 @@ def _fault(average: Any, tensor: Tensor) -> str | None:
         return "on the meta device, without values"
     if engine.nonfinite([average]):
         return "not finite"
+    if average.dtype.itemsize > engine.average_dtype(tensor.dtype).itemsize:
+        largest = torch.finfo(engine.average_dtype(tensor.dtype)).max
+        if engine.local(average).numel() and float(engine.local(average).abs().max()) > largest:
+            return f"values beyond {largest:.2g}, the largest that this model's averages hold"
     return None
 
 

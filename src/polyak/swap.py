@@ -34,6 +34,8 @@ class Aside:
 
     def __init__(self, tree: Tree, slots: Sequence[Slot]) -> None:
         self._tree = tree
+        self._names = {id(t): slot.name for slot in tree.slots for _, _, t in slot.places}
+        self._owners = {id(owner): (owner, list(owner)) for owner, _, _ in tree.links}
         chosen = {slot.name for slot in slots}
         with torch.inference_mode(False), torch.no_grad():
             self._seen = [slot.tensor.detach() for slot in tree.slots]
@@ -45,8 +47,7 @@ class Aside:
 
     def trained(self, tensor: Tensor) -> Tensor | None:
         """Return what the model's tensor held before, if it was kept."""
-        slots = (s for s in self._tree.slots if any(tensor is t for _, _, t in s.places))
-        return next((self._kept.get(slot.name) for slot in slots), None)
+        return self._kept.get(self._names.get(id(tensor), ""))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the tensors of the trained model's state dict, kept aside or as they stand."""
@@ -82,6 +83,11 @@ class Aside:
                 if slot is None or not slot.is_buffer:  # buffers may be assigned by a forward
                     where = f"{key} ({type(value).__name__})" if slot is None else slot.name
                     changed.append(f"{where}: another object was registered in its place")
+        for owner, keys in self._owners.values():  # what was deleted came back at the end
+            if [key for key in owner if key in keys] != keys:
+                items = {key: owner[key] for key in keys if key in owner} | dict(owner)
+                owner.clear()
+                owner.update(items)
         return changed
 
 
@@ -112,9 +118,19 @@ def uninterrupted() -> Iterator[None]:
             signal.signal(number, lambda number, frame: pending.append((number, frame)))
         yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        _deliver(handlers, pending)
+        try:
+            _put_back(list(handlers.items()))
+        finally:
+            _deliver(handlers, pending)
+
+
+def _put_back(handlers: list[tuple[int, Any]]) -> None:
+    """Install these handlers, all of them, also if one that is back is called and raises."""
+    if handlers:
+        try:
+            signal.signal(*handlers[-1])
+        finally:
+            _put_back(handlers[:-1])
 
 
 def _deliver(handlers: dict[int, Any], pending: list[tuple[int, FrameType | None]]) -> None:

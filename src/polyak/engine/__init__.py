@@ -171,9 +171,10 @@ def is_floating(tensor: Tensor) -> bool:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether it is plain memory: neither sparse nor packed by a subclass, but perhaps sharded."""
+    """Whether it is plain memory, perhaps sharded: not sparse, nor packed, nor a lazy negative."""
     packed = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
-    return tensor.layout == torch.strided and (_is_dtensor(tensor) or not packed)
+    lazy = tensor.is_conj() or tensor.is_neg()
+    return tensor.layout == torch.strided and not lazy and (_is_dtensor(tensor) or not packed)
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
@@ -191,8 +192,13 @@ def same(tensor: Tensor, seen: Tensor) -> bool:
 
 def nonfinite(tensors: Sequence[Tensor]) -> list[int]:
     """Return the indices of the tensors whose local part has a NaN or an infinity. Syncs."""
-    wide = (t.float() if t.dtype.itemsize == 1 else t for t in map(local, tensors))
-    return [i for i, t in enumerate(wide) if not bool(torch.isfinite(t).all())]
+
+    def finite(tensor: Tensor) -> bool:
+        slices = (piece for piece, _ in foreach.pieces(tensor, tensor))
+        wide = (s.float() if s.dtype.itemsize == 1 else s for s in slices)
+        return all(bool(torch.isfinite(s).all()) for s in wide)
+
+    return [i for i, tensor in enumerate(tensors) if not finite(local(tensor))]
 
 
 def distance(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> tuple[float, float]:
