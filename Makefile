@@ -1,6 +1,7 @@
 # Two commands do everything on a bare machine (Python >= 3.10, pip, make):
 #   make demo    set up, train on real data, show what averaging gives
 #   make test    set up, run every test
+#   make ssl     self-supervised and semi-supervised learning on real images, and a report of it
 # `CONSTRAINTS=/dev/null make test` tests against whatever torch resolves to.
 
 PYTHON ?= python3
@@ -12,11 +13,14 @@ WORKERS ?= 2
 export PIP_CONSTRAINT := $(abspath $(CONSTRAINTS))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint types docs wheel format clean
+.PHONY: demo ssl test lint types docs wheel format clean
 
 demo: $(VENV)/.ready
 	$(RUN) examples/teacher_student.py
 	$(RUN) examples/digits.py
+
+ssl: $(VENV)/.ready
+	$(RUN) examples/ssl/report.py
 
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS)

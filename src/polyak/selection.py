@@ -408,9 +408,9 @@ def _checked(module: object) -> nn.Module:
 def _identities(tensor: Tensor) -> Iterator[object]:
     """What makes two registered tensors one: the object, or the very same memory."""
     yield id(tensor)
-    if type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and tensor.numel():
-        pointer = tensor.data_ptr()
-        yield tensor.device, pointer, tensor.shape, tensor.stride(), tensor.dtype
+    if type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and tensor.data_ptr():
+        # An empty tensor has no memory, and some devices do not tell: then only the object counts.
+        yield tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _is_cache(name: str, tensor: Tensor, module: nn.Module) -> bool:
