@@ -23,6 +23,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -720,10 +721,11 @@ POLYAK = str(Path(polyak.__file__).parent)
 
 @contextmanager
 def interrupted_at(line: int) -> Iterator[list[int]]:
-    """Press Ctrl-C when the ``line``-th line of polyak's own files is about to run.
+    """Press Ctrl-C when the `line`-th line of polyak's own files is about to run.
 
-    Between the last line of a `with torch.no_grad()` and its end, Python itself lets gradients stay
-    off, in anybody's code; they are switched on again here.
+    A tracer can press where the interpreter itself never looks for signals: between the end of a
+    `with` block and its `__exit__`. There gradients would stay off, and a lock locked for ever, so
+    that both are put right again here.
     """
     count = [0]
 
@@ -743,6 +745,7 @@ def interrupted_at(line: int) -> Iterator[list[int]]:
         yield count
     finally:
         sys.settrace(before)
+        polyak.ema._lock = threading.RLock()
         torch.set_grad_enabled(True)
 
 

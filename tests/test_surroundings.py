@@ -341,14 +341,15 @@ def test_a_file_written_by_a_thread_is_of_one_clock(tmp_path: Path) -> None:
         started.set()
         ema.save(path)
 
-    thread = threading.Thread(target=save)
+    thread = threading.Thread(target=save, daemon=True)
     thread.start()
     started.wait()
     for clock in range(3, 30):
         for parameter in model.parameters():
             parameter.data.fill_(clock)
         ema.update()
-    thread.join()
+    thread.join(60)
+    assert not thread.is_alive()
     clock = read_facts(path)["clock"]
     assert {float(tensor.unique()) for tensor in read(path).values()} == {float(clock)}
 
@@ -519,11 +520,12 @@ def test_threads_that_validate_do_not_lose_the_weights() -> None:
                 if not torch.equal(model[0].weight, average):
                     wrong.append("not the averages")
 
-    threads = [threading.Thread(target=validate) for _ in range(3)]
+    threads = [threading.Thread(target=validate, daemon=True) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(60)
+        assert not thread.is_alive()
     assert wrong == []
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
