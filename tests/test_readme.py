@@ -52,6 +52,20 @@ def test_the_readme_quotes_what_was_measured() -> None:
         assert cells[regime, name, model] == cell
 
 
+def prose(page: str) -> set[str]:
+    """The percentages that the text around the table quotes."""
+    text = "\n".join(line for line in page.splitlines() if not line.startswith("|"))
+    return set(re.findall(r"\b\d\d\.\d\b", text))
+
+
+def test_the_prose_quotes_what_was_measured() -> None:
+    means = {cell.partition(" ")[0] for cell in measured().values()}
+    found = prose((ROOT / "README.md").read_text())
+    assert len(found) >= 3
+    assert found <= means
+    assert not prose("on 94.3 % of the images") <= means - {"94.3"}
+
+
 def test_a_wrong_number_would_be_found() -> None:
     page = (ROOT / "README.md").read_text().replace("94.2 ± 0.4", "95.2 ± 0.4")
     cells = measured()

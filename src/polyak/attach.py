@@ -35,7 +35,6 @@ class Attachment:
                 f"attach takes a torch.optim.Optimizer, got {type(optimizer).__name__}; if it "
                 "wraps one (Accelerate, Lightning), pass the optimizer inside: wrapper.optimizer"
             )
-        self.optimizer = optimizer
         self._handles = [
             optimizer.register_step_pre_hook(lambda *_: before()),
             optimizer.register_step_post_hook(lambda *_: None if _skipped(optimizer) else after()),
