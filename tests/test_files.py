@@ -752,3 +752,150 @@ def test_an_interrupt_of_a_real_process_leaves_nothing(path: Path) -> None:
         child.send_signal(signal.SIGINT)
         assert child.wait(30) != 0
     assert names_in(path.parent) == []
+
+
+# Folders of several files
+
+
+def loaded(folder: Path) -> dict[str, Tensor]:
+    """Load a folder as Hugging Face does: each tensor from the file that the index names."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    found = {file: safetensors.torch.load_file(folder / file) for file in set(index.values())}
+    assert sum(map(len, found.values())) == len(index)
+    return {name: found[file][name] for name, file in index.items()}
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 39, 40, 41, 100, 10**6])
+def test_a_folder_of_several_files(tmp_path: Path, shard_bytes: int) -> None:
+    """Every tensor is in one file, no file is fuller than asked, and the index says where."""
+    tensors = {
+        **{f"layer.{i}": filled(torch.float32, (10,), seed=i) for i in range(5)},
+        "wide": filled(torch.float64, (3,)),
+        "count": torch.tensor(7),
+        "empty": torch.empty(0, 3),
+        "narrow": filled(torch.bfloat16, (7,)),
+    }
+    folder = tmp_path / "model"
+    files.write_sharded(folder, tensors, shard_bytes, {"clock": 3})
+    assert same(loaded(folder), tensors)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_size": sum(t.nbytes for t in tensors.values())}
+    names = sorted(set(index["weight_map"].values()))
+    last = len(names)
+    assert names == [f"model-{i:05d}-of-{last:05d}.safetensors" for i in range(1, last + 1)]
+    assert names_in(folder) == [*names, "model.safetensors.index.json"]
+    for name in names:
+        held = files.read(folder / name)
+        assert len(held) == 1 or sum(t.nbytes for t in held.values()) <= shard_bytes
+        assert files.verify(folder / name) == []
+        assert files.read_facts(folder / name) == {"clock": 3}
+    assert names_in(tmp_path) == ["model"]
+
+
+def test_the_writing_order_is_the_order_of_reading(tmp_path: Path) -> None:
+    """Processes that read in step rely on it, for one file and for several."""
+    read: list[str] = []
+
+    def lazy(name: str, dtype: torch.dtype) -> files.Lazy:
+        def make() -> Tensor:
+            read.append(name)
+            return torch.zeros(2, dtype=dtype)
+
+        return files.Lazy(dtype, (2,), make)
+
+    dtypes = [torch.bfloat16, torch.float32, torch.int64, torch.float32]
+    tensors = {name: lazy(name, dtype) for name, dtype in zip("dacb", dtypes, strict=True)}
+    order = files.writing_order(tensors)
+    assert sorted(order) == ["a", "b", "c", "d"]
+    assert read == []
+    files.write(tmp_path / "one.safetensors", tensors)
+    files.write_sharded(tmp_path / "several", tensors, 8)
+    assert read == order * 2
+
+
+def test_a_folder_that_is_there_is_not_written_into(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    files.write_sharded(folder, {"x": torch.zeros(3)}, 100)
+    before = {name: (folder / name).read_bytes() for name in names_in(folder)}
+    with pytest.raises(FileExistsError, match=r"exists already, .* Write to a new name, or remove"):
+        files.write_sharded(folder, {"x": torch.ones(3)}, 100)
+    assert {name: (folder / name).read_bytes() for name in names_in(folder)} == before
+    file = tmp_path / "file"
+    file.write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match="exists already"):
+        files.write_sharded(file, {}, 100)
+    assert file.read_bytes() == b"mine"
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*/no'\. Make it first"):
+        files.write_sharded(tmp_path / "no" / "x", {}, 100)
+    (tmp_path / "empty").mkdir()
+    files.write_sharded(tmp_path / "empty", {"x": torch.ones(3)}, 100)
+    assert same(loaded(tmp_path / "empty"), {"x": torch.ones(3)})
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_exception_leaves_no_folder(tmp_path: Path, error: type[BaseException]) -> None:
+    def fail() -> Tensor:
+        raise error
+
+    tensors = {"a": torch.ones(10), "b": files.Lazy(torch.float32, (3,), fail)}
+    with pytest.raises(error):
+        files.write_sharded(tmp_path / "model", tensors, 1)
+    assert names_in(tmp_path) == []
+
+
+KILLED_FOLDER = """
+import os, sys, torch
+from pathlib import Path
+from polyak import files
+
+target, end = Path(sys.argv[1]), int(sys.argv[2])
+left = end
+
+def moment():
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), 9)
+
+def with_moments(function):
+    def call(*args, **kwargs):
+        moment()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            moment()
+    return call
+
+os.fsync = with_moments(os.fsync)
+Path.replace = with_moments(Path.replace)
+files.write_sharded(target, {f"t{i}": torch.full((100,), float(i)) for i in range(3)}, 400)
+print("moments", end - left)
+"""
+
+
+def test_a_killed_writer_leaves_no_folder_or_the_whole_one(tmp_path: Path) -> None:
+    """At chosen moments, the last ones among them; the next writer removes what is left."""
+    (package,) = polyak.__path__
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(package).parent)}
+
+    def attempt(name: str, end: int) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", KILLED_FOLDER, str(tmp_path / name), str(end)],
+            env=environment, capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+
+    whole = attempt("whole", -1)
+    assert whole.returncode == 0, whole.stderr
+    moments = int(whole.stdout.split()[1])
+    complete = []
+    for end in (1, moments // 2, moments - 4, moments - 2, moments - 1):
+        folder = tmp_path / f"killed-{end}"
+        assert attempt(folder.name, end).returncode == -signal.SIGKILL
+        complete.append(folder.exists())
+        if folder.exists():
+            assert len(loaded(folder)) == 3
+        else:
+            assert list(tmp_path.glob(".polyak-*.tmp"))
+    assert complete == [False, False, False, True, True]
+    files.write_sharded(tmp_path / "next", {"x": torch.ones(3)}, 100)
+    assert not list(tmp_path.glob(".polyak-*"))

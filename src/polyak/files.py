@@ -18,6 +18,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -33,10 +34,13 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 __all__ = [
     "Lazy",
     "atomic",
+    "atomic_folder",
     "read",
     "read_facts",
     "verify",
     "write",
+    "write_sharded",
+    "writing_order",
 ]
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
@@ -96,6 +100,68 @@ def write(
             checksums[name] = _copy(file, name, lazy)
         file.seek(0)
         file.write(_header(promised, plain, checksums))
+
+
+def write_sharded(
+    folder: StrPath,
+    tensors: Mapping[str, Tensor | Lazy],
+    shard_bytes: int,
+    facts: Mapping[str, JSON] | None = None,
+) -> None:
+    """Write tensors to a new folder, as several safetensors files with an index.
+
+    The layout is that of Hugging Face: `model-00001-of-00003.safetensors` and so on, and
+    `model.safetensors.index.json`, which says in which file each tensor is. Each file is as `write`
+    makes it, with all the facts. The folder appears when it is complete.
+
+    >>> import os, tempfile
+    >>> import torch
+    >>> from polyak import files
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     files.write_sharded(f"{folder}/a", {"v": torch.ones(2), "w": torch.ones(2)}, 8)
+    ...     for name in sorted(os.listdir(f"{folder}/a")):
+    ...         print(name)
+    model-00001-of-00002.safetensors
+    model-00002-of-00002.safetensors
+    model.safetensors.index.json
+
+    Args:
+        folder: is made; see `atomic_folder`.
+        tensors: as for `write`.
+        shard_bytes: how much data a file holds at most; a tensor that is larger has its own.
+        facts: as for `write`.
+
+    Raises:
+        TypeError, ValueError, OSError: as `write`, and where there is a folder of that name.
+    """
+    promised = _checked(tensors)
+    parts: list[dict[str, Lazy]] = []
+    room = 0
+    for name, lazy in promised.items():
+        size = _bytes(lazy)
+        if not parts or size > room:
+            parts.append({})
+            room = shard_bytes
+        parts[-1][name] = lazy
+        room -= size
+    names = [
+        f"model-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)
+    ]
+    where = {name: file for file, part in zip(names, parts, strict=True) for name in part}
+    index = {
+        "metadata": {"total_size": sum(map(_bytes, promised.values()))},
+        "weight_map": dict(sorted(where.items())),
+    }
+    with atomic_folder(folder) as inside:
+        for file_name, part in zip(names, parts, strict=True):
+            write(inside / file_name, part, facts)
+        with atomic(inside / "model.safetensors.index.json") as file:
+            file.write(json.dumps(index, indent=2).encode())
+
+
+def writing_order(tensors: Mapping[str, Tensor | Lazy]) -> list[str]:
+    """Return the names in the order in which `write` and `write_sharded` read the tensors."""
+    return list(_checked(tensors))
 
 
 def read(path: StrPath) -> dict[str, Tensor]:
@@ -233,6 +299,52 @@ def atomic(path: StrPath) -> Iterator[BinaryIO]:
     _sync(folder)
 
 
+@contextmanager
+def atomic_folder(path: StrPath) -> Iterator[Path]:
+    """Make a folder that appears as `path` when the block ends without an exception.
+
+    Until then it has another name beside it; on any exception it is removed, and what a killed
+    process leaves is removed as for `atomic`. A folder cannot be replaced in one step: `path` may
+    not be there yet, or be an empty folder.
+
+    >>> import os, tempfile
+    >>> from polyak import files
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with files.atomic_folder(f"{folder}/new") as inside:
+    ...         _ = (inside / "note").write_text("all or nothing")
+    ...     os.listdir(f"{folder}/new")
+    ['note']
+
+    Args:
+        path: the folder to make.
+
+    Raises:
+        FileExistsError: it is there, and is no empty folder.
+        OSError: its parent is not there, or whatever the system reports.
+    """
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(
+            f"cannot write {os.fspath(path)!r}: there is no folder {str(target.parent)!r}. "
+            f"Make it first: os.makedirs({str(target.parent)!r})."
+        )
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(
+            f"cannot write {os.fspath(path)!r}: it exists already, and a folder cannot be replaced "
+            "without a moment in which neither is there. Write to a new name, or remove it first."
+        )
+    _remove_leftovers(target.parent)
+    temporary = target.parent / _temporary_name()
+    try:
+        temporary.mkdir()
+        yield temporary
+        _sync(temporary)
+        temporary.replace(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _sync(target.parent)
+
+
 # The header. Its own checksum comes first, so that it lies at the same place in every file.
 
 _CODES = {
@@ -269,11 +381,11 @@ def _header(
     sheet = {"crc32": {"header": _BLANK.decode(), "tensors": sums}, "facts": facts}
     head: dict[str, Any] = {"__metadata__": {"polyak": _compact(sheet), "format": "pt"}}
     stop = 0
-    for name, (dtype, shape, _) in promised.items():
-        start, stop = stop, stop + math.prod(shape) * dtype.itemsize
+    for name, lazy in promised.items():
+        start, stop = stop, stop + _bytes(lazy)
         head[name] = {
-            "dtype": _CODES[dtype],
-            "shape": list(shape),
+            "dtype": _CODES[lazy.dtype],
+            "shape": list(lazy.shape),
             "data_offsets": [start, stop],
         }
     text = _compact(head).encode()
@@ -407,6 +519,10 @@ def _lazy(value: Tensor | Lazy) -> Lazy:
     return value if isinstance(value, Lazy) else Lazy(value.dtype, value.shape, lambda: value)
 
 
+def _bytes(lazy: Lazy) -> int:
+    return math.prod(lazy.shape) * lazy.dtype.itemsize
+
+
 def _plain(facts: Mapping[str, JSON]) -> dict[str, JSON]:
     faults = [key for key, fact in facts.items() if not (isinstance(key, str) and _survives(fact))]
     if faults:
@@ -481,7 +597,10 @@ def _remove_leftovers(folder: Path) -> None:
         for path in folder.iterdir():
             match = mine.fullmatch(path.name)
             if match and _is_dead(int(match[1]), int(match[2])):
-                path.unlink(missing_ok=True)
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
 
 
 def _home() -> str:
