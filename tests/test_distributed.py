@@ -1,7 +1,7 @@
-"""Several real processes: DDP and FSDP2 over gloo.
+"""Several real processes over gloo: the cases of `distributed_*.py`.
 
-Each world size is one process group that runs all cases of `distributed_worker.py`; the processes
-have a time cap, and are ended as a group.
+Each world size is one process group that runs all of its cases; the processes have a time cap, and
+are ended as a group. Four write checkpoints, from which two, three and one go on.
 """
 
 from __future__ import annotations
@@ -12,12 +12,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
+import distributed_killed
+import distributed_parallel
+import distributed_state
+import distributed_tools
+import distributed_worker  # noqa: F401 - imports all that declare cases
+from distributed_tools import cases
+
 WORKER = Path(__file__).with_name("distributed_worker.py")
-LIMIT_SECONDS = 120
+LIMIT_SECONDS = 240
 
 
 def run(size: int, folder: Path, worker: Path = WORKER) -> list[dict[str, str | None]]:
@@ -66,19 +74,70 @@ def failures(results: list[dict[str, str | None]], cases: list[str]) -> list[str
     return broken + [f"not run on every rank: {', '.join(missing)}"] * bool(missing)
 
 
-def test_two_processes(tmp_path: Path) -> None:
-    """Averages of replicated and of sharded models are those of one process.
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return where each group has a folder of its own, named after its size."""
+    return tmp_path_factory.mktemp("distributed")
 
-    DDP: bit-identical on the ranks. FSDP2 and tensor parallelism: shard by shard, without
-    communication, bit-identical to the unsharded average; applied, restored, saved and loaded as
-    shards.
-    """
-    import distributed_worker
 
-    results = run(2, tmp_path)
-    wrong = failures(results, list(distributed_worker.CASES))
+@pytest.fixture(scope="module")
+def four(folder: Path) -> list[dict[str, str | None]]:
+    """Return how the group of four went, whose checkpoints the others read."""
+    return run(4, made(folder / "4"))
+
+
+def made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def passed(results: list[dict[str, str | None]], names: Iterable[str], folder: Path) -> None:
+    """Fail with what went wrong, and the end of what the processes wrote."""
+    wrong = failures(results, list(names))
     if wrong:
-        pytest.fail("\n\n".join(wrong) + "\n" + (tmp_path / "output.txt").read_text()[-2000:])
+        pytest.fail("\n\n".join(wrong) + "\n" + (folder / "output.txt").read_text()[-2000:])
+
+
+def test_four_processes(four: list[dict[str, str | None]], folder: Path) -> None:
+    """Whatever a model is spread by, its averages are those of one process, bit for bit.
+
+    DDP, FSDP2, HSDP, tensor parallelism, two of them over each other, and pipeline stages: without
+    communication, applied and restored as if nothing had been, saved together as one file.
+    """
+    passed(four, cases(4), folder / "4")
+
+
+@pytest.mark.usefixtures("four")
+def test_two_processes(folder: Path) -> None:
+    """The same on two, what does not need four, and to go on where four have stopped."""
+    passed(run(2, made(folder / "2")), cases(2), folder / "2")
+
+
+@pytest.mark.usefixtures("four")
+def test_three_processes(folder: Path) -> None:
+    """To go on where four have stopped equals never having stopped."""
+    passed(run(3, made(folder / "3")), cases(3), folder / "3")
+
+
+@pytest.mark.usefixtures("four")
+def test_one_process(folder: Path) -> None:
+    """To go on where four have stopped, without a process group."""
+    for layout in distributed_state.WRITTEN:
+        stopped = folder / "4" / f"a_run_stops[{layout.__name__}]" / "moved"
+        distributed_state.go_on(distributed_tools.plain, stopped)
+    stopped = folder / "4" / "a_training_stops" / "trained"
+    distributed_state.train_on(stopped, shard=False)
+    stages = folder / "4" / "pipeline_stages_average_what_they_have" / "stages"
+    distributed_parallel.load_stages(stages)
+
+
+def test_processes_that_are_killed(tmp_path: Path) -> None:
+    """SIGKILL in the middle of a save: what was saved before is whole, and what survives is told.
+
+    A process forks the pairs of ranks that are killed, so that torch is imported once.
+    """
+    results = run(1, tmp_path, Path(distributed_killed.__file__))
+    passed(results, distributed_killed.CASES, tmp_path)
 
 
 def test_the_harness_can_fail(tmp_path: Path) -> None:

@@ -436,17 +436,17 @@ def test_a_clock_that_goes_back() -> None:
 
 
 def test_an_epoch_passed_for_a_step() -> None:
-    """Most updates do nothing then; it is said once, when they outnumber the real ones."""
+    """Most updates do nothing then; it is said once, when they far outnumber the real ones."""
     ema = EMA(plain())
-    ema.update(1)
-    ema.update(1)
-    with pytest.warns(UserWarning, match=r"2 times with t=1.*only 1 updates.*an epoch was passed"):
+    for _ in range(1 + 32):  # as many micro-batches to a step as anybody has
+        ema.update(1)
+    with pytest.warns(UserWarning, match=r"33 times with t=1.*only 1 updates.*an epoch was passed"):
         ema.update(1)
     for _ in range(5):
         ema.update(1)
     ema.update(2)
     report = ema.report()
-    assert (report.clock, report.updates, report.repeats) == (2, 2, 7)
+    assert (report.clock, report.updates, report.repeats) == (2, 2, 38)
 
 
 def test_a_bare_update_of_an_attached_ema() -> None:
@@ -731,8 +731,8 @@ def test_what_is_newly_trainable_is_found(tmp_path: Path) -> None:
     ema.update()
     ema.update()
     model.backbone.requires_grad_(True)
-    ema.update()  # at full speed: it looks at what it knows
-    for call in READS.values():
+    calls = {**READS, "update": lambda ema, _: ema.update()}
+    for call in calls.values():
         with refused(
             ValueError,
             r"backbone.weight: new, or newly trainable.*backbone.bias: new.*reset\(\)",
@@ -741,7 +741,10 @@ def test_what_is_newly_trainable_is_found(tmp_path: Path) -> None:
         ):
             call(ema, tmp_path / "a.safetensors")
     model.backbone.requires_grad_(False)
-    ema.state_dict()
+    ema.update()
+    model.backbone.adapter = nn.Parameter(torch.zeros(3))
+    with refused(ValueError, "backbone.adapter: new, or newly trainable", ema, model):
+        ema.update()
 
 
 # -------------------------------------------------------------------------------------- states

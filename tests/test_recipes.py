@@ -398,12 +398,14 @@ def test_update_in_place_is_one_step_of_it() -> None:
         torch.testing.assert_close(param, expected, rtol=0, atol=8 * U * largest)
 
 
-def test_targets_attached_to_the_actor_move_once_per_step_of_it() -> None:
+def test_targets_that_move_once_per_step_of_the_actor() -> None:
     """TD3: `policy_freq` is 2; a tick per update, so that tau is not applied twice."""
     critic, actor = nn.Linear(3, 1), nn.Linear(3, 1)
     target, other = copy.deepcopy(critic), copy.deepcopy(critic)
     of_critic, of_actor = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (critic, actor))
-    EMA(critic, 0.995, into=target).attach(of_actor)
+    ema = EMA(critic, 0.995, into=target)
+    with pytest.raises(ValueError, match=r"this SGD steps none.*another model.*call update\(\)"):
+        ema.attach(of_actor)
     largest, updates = 0.0, 0
     for total_it in range(1, STEPS + 1):
         for model, optimizer in ((critic, of_critic), (actor, of_actor)):
@@ -412,6 +414,7 @@ def test_targets_attached_to_the_actor_move_once_per_step_of_it() -> None:
                 model(torch.randn(8, 3)).square().mean().backward()
                 optimizer.step()
         if total_it % 2 == 0:
+            ema.update()
             sac(total_it, critic, other)
             updates += 1
         largest = max(

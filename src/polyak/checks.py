@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -132,6 +132,42 @@ def refuse_nonfinite(tensors: Mapping[str, Tensor]) -> None:
             f"{len(wrong)} tensors to start an average from are not finite:{listed(wrong)}\n"
             "start before the weights diverge; if a mask of infinities is among them, let the "
             "policy say 'follow' for it"
+        )
+
+
+def refuse_forward(modules: Sequence[nn.Module], verb: str) -> None:
+    """Refuse to write into a module that may not look at its shards again."""
+    if engine.in_forward(modules):
+        raise RuntimeError(
+            f"cannot {verb} now: a forward of this FSDP2 model is running, or was broken off by an "
+            "exception, and it may keep the full copies that it has gathered. Leave the forward, "
+            "or call reset_iter_state() on its outermost FSDP2 module (torch 2.13 or newer)"
+        )
+
+
+def refuse_merged(modules: Sequence[nn.Module]) -> None:
+    """Refuse adapters that are merged: the frozen weights hold them, and would go on doing so."""
+    merged = merged_adapters(modules)
+    if merged:
+        raise RuntimeError(
+            f"{len(merged)} modules ({type(merged[0]).__name__} the first) have merged their "
+            "adapters into frozen weights, where averages would not be seen: call "
+            "model.unmerge_adapter() first (loralib: model.train(), or merge_weights=False)"
+        )
+
+
+def merged_adapters(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    """Return the modules of peft or loralib that have added their adapters to frozen weights."""
+    return [module for module in modules if getattr(module, "merged", False) is True]
+
+
+def refuse_out_of_step(clocks: Mapping[int, int]) -> None:
+    """Refuse processes whose averages have not seen the same states."""
+    if len(set(clocks.values())) > 1:
+        lines = (f"rank {rank}: clock {clock}" for rank, clock in clocks.items())
+        raise RuntimeError(
+            f"the processes are not in step:{listed(lines)}\n"
+            "call update() on every one of them at the same steps, with the same t"
         )
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from polyak.engine import is_dense, is_floating, loaded, overlaps_itself
+from polyak.engine import is_dense, is_floating, layout, loaded, overlaps_itself, same_layout
 
 __all__ = [
     "Only",
@@ -123,7 +123,7 @@ class Only:
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """Return the module inside DDP, `torch.compile` and activation-checkpoint wrappers."""
+    """Return the module inside DDP, DeepSpeed, `torch.compile` and checkpoint wrappers."""
     while (inner := _inside(module)) is not module:
         module = inner
     return module
@@ -202,6 +202,18 @@ class Tree:
     def _add(
         self, module: nn.Module, owner: dict[str, Any], name: str, key: str, tensor: Tensor
     ) -> None:
+        if getattr(tensor, "ds_id", None) is not None:  # how DeepSpeed itself tells
+            raise ValueError(
+                f"{name} is partitioned by DeepSpeed ZeRO-3, which shows an empty tensor in its "
+                "place; averages need the values: train with ZeRO-1 or ZeRO-2, or shard the model "
+                "with torch.distributed.fsdp.fully_shard (FSDP2), whose shards are averaged"
+            )
+        if getattr(tensor, "_st_info", None) is not None:  # how torch itself tells
+            raise ValueError(
+                f"{name} is a shard of tensor parallelism that DistributedDataParallel has made "
+                "look whole; replicate the sharded model with torch.distributed.fsdp.fully_shard("
+                "model, mesh=mesh['dp']), under which shards stay known as such"
+            )
         if is_lazy(tensor):
             raise ValueError(
                 f"{name} has no shape yet (a lazy module); run one forward pass, then build the EMA"
@@ -278,7 +290,9 @@ class View:
         teacher: the module that holds the averages, or None.
         average: name of an average that the policy wants -> the model's slot that it sees.
         follow: (teacher's slot, model's slot) of what the teacher copies on each update.
-        owners, keys, values: while `owner.get(key) is value` for all, so does the walk hold.
+        owners, keys, values: while `owner.get(key) is value` for all, so does the walk hold,
+        dicts, entries: if these owners together have as many entries as they had,
+        frozen: and none of these parameters takes gradients by now.
 
     Raises:
         ValueError: the policy is unclear, or names, shapes or kinds of teacher and model differ.
@@ -291,7 +305,13 @@ class View:
         self.average: dict[str, Slot] = {}
         self.follow: list[tuple[Slot, Slot]] = []
         links = self.tree.links + (self.teacher.links if self.teacher else [])
-        self.owners, self.keys, self.values = ([link[i] for link in links] for i in range(3))
+        self.owners = [owner for owner, _, _ in links]
+        self.keys = [key for _, key, _ in links]
+        self.values = [value for _, _, value in links]
+        self.dicts = list({id(owner): owner for owner in self.owners}.values())
+        self.entries = sum(map(len, self.dicts))
+        still = (slot.tensor for slot in self.tree.slots if not slot.is_buffer)
+        self.frozen = [tensor for tensor in still if not tensor.requires_grad]
         verdicts = decide(self.tree, policy)
         if self.teacher is None:
             slots = {slot.name: slot for slot in self.tree.slots}
@@ -349,6 +369,9 @@ class View:
                 elif mine.tensor.shape != slot.tensor.shape:
                     shapes = tuple(mine.tensor.shape), tuple(slot.tensor.shape)
                     yield f"{name}: {shapes[0]} in the teacher, {shapes[1]} in the model"
+                elif not same_layout(mine.tensor, slot.tensor):
+                    layouts = layout(mine.tensor), layout(slot.tensor)
+                    yield f"{name}: {layouts[0]} in the teacher, {layouts[1]} in the model"
                 elif is_floating(mine.tensor) != is_floating(slot.tensor):
                     dtypes = mine.tensor.dtype, slot.tensor.dtype
                     yield f"{name}: {dtypes[0]} in the teacher, {dtypes[1]} in the model"
@@ -382,6 +405,8 @@ def _inside(module: nn.Module) -> nn.Module:
         return _checked(module._orig_mod)
     if isinstance(module, loaded(_CHECKPOINT, "ActivationWrapper") or ()):
         return _checked(module._checkpoint_wrapped_module)
+    if isinstance(module, loaded("deepspeed.runtime.engine", "DeepSpeedEngine") or ()):
+        return _checked(module.module)
     return module
 
 
@@ -399,8 +424,12 @@ def _checked(module: object) -> nn.Module:
     fsdp1 = loaded("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel")
     if fsdp1 is not None and isinstance(module, fsdp1):
         raise TypeError(
-            "FullyShardedDataParallel (FSDP1) keeps its parameters in flat pieces that cannot be "
-            "averaged by name; shard the model with torch.distributed.fsdp.fully_shard (FSDP2)"
+            "FullyShardedDataParallel (FSDP1) holds flat pieces of its parameters: they have no "
+            "shape of their own, what is written into them after a validation is ignored by the "
+            "next forward, and checkpoints mix the pieces of different processes. Shard the model "
+            "with torch.distributed.fsdp.fully_shard (FSDP2), which loads FSDP1's sharded "
+            "checkpoints; or average a plain copy that loads the full state dict every k steps, at "
+            "the cost of gathering the whole model each time"
         )
     return module
 

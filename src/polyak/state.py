@@ -130,7 +130,8 @@ def matched(averages: Any, view: View, slots: Mapping[str, Slot]) -> dict[str, T
     if wrong:
         raise ValueError(
             f"the state does not fit this EMA, and nothing was loaded:{listed(wrong)}\n"
-            "build the model and the policy as they were when it was saved"
+            "build the model and the policy as they were when it was saved; a state of other "
+            "shards is loaded with torch.distributed.checkpoint"
         )
     return {name: found[name] for name in slots}
 
@@ -144,6 +145,8 @@ def _fault(average: Any, tensor: Tensor) -> str | None:
         return f"{average.dtype} in the state, {tensor.dtype} in the model"
     if average.dtype != engine.average_dtype(average.dtype):
         return f"{average.dtype} in the state, too narrow for an average"
+    if not engine.movable(average, tensor):
+        return f"{engine.layout(average)} in the state, {engine.layout(tensor)} in the model"
     if average.is_meta:
         return "on the meta device, without values"
     if engine.nonfinite([average]):

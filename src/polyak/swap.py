@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from polyak import engine
+from polyak.checks import merged_adapters
 from polyak.selection import Slot, Tree
 
 __all__ = ["Aside", "uninterrupted"]
@@ -58,8 +59,22 @@ class Aside:
 
     def restore(self) -> list[str]:
         """Put everything back; return what else than values had changed, a line each."""
+        changed = []
         engine.reshard(self._tree.modules)
-        changed = self._relink()
+        if engine.in_forward(self._tree.modules) and not engine.break_off(self._tree.modules):
+            changed.append(
+                "a forward pass was broken off, and FSDP2 may keep the full copies that it had "
+                "gathered: build the model anew from a checkpoint, or call reset_iter_state() on "
+                "its outermost FSDP2 module (torch 2.13 or newer)"
+            )
+        merged = merged_adapters(self._tree.modules)
+        if merged:
+            changed.append(
+                f"{len(merged)} modules ({type(merged[0]).__name__}) have merged averaged adapters "
+                "into their frozen weights, which are not kept aside: load these anew, and merge a "
+                "copy instead (averaged = copy.deepcopy(model); ema.copy_to(averaged))"
+            )
+        changed += self._relink()
         targets, sources = [], []
         for slot, seen in zip(self._tree.slots, self._seen, strict=True):
             if not engine.same(slot.tensor, seen):
@@ -78,7 +93,13 @@ class Aside:
         slots = {id(t): slot for slot in self._tree.slots for _, _, t in slot.places}
         for owner, key, value in self._tree.links:
             slot = slots.get(id(value))
-            if owner.get(key) is not value and not _grown(slot, owner.get(key)):
+            if slot is not None and engine.unsharded(owner.get(key), slot.tensor):
+                changed.append(
+                    f"{slot.name}: an FSDP2 module outside of this model gathered the averages and "
+                    "uses them until you call its reshard(), or its reset_iter_state() if a "
+                    "forward was broken off; build the EMA from that module, with policy=Only(...)"
+                )
+            elif owner.get(key) is not value and not _grown(slot, owner.get(key)):
                 owner[key] = value
                 if slot is None or not slot.is_buffer:  # buffers may be assigned by a forward
                     where = f"{key} ({type(value).__name__})" if slot is None else slot.name

@@ -6,40 +6,67 @@ Every averaging scheme is a choice of `weight` in one primitive,
 
 and a `Plan` is what makes it cheap: tensors are localized, grouped and cut into pieces once, then
 the verbs run blind. This package is the only place that knows dtypes, devices, DTensor, foreach and
-scratch memory. It knows no names, no clock and no decay, and of modules only which ones FSDP2 has
-sharded.
+scratch memory; it knows no names, no clock and no decay. Tensors that are spread over processes
+take part with the shard that is here (`shards`), so that no verb ever communicates.
 
 Paths, all within rounding of `reference`: `foreach`, for every device of torch.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from polyak.engine import foreach
+from polyak.engine.shards import (
+    break_off,
+    copies,
+    exchange,
+    groups,
+    in_forward,
+    is_sharded,
+    layout,
+    loaded,
+    local,
+    movable,
+    parts,
+    reshard,
+    same_layout,
+    spread_like,
+    unsharded,
+    whole,
+)
 
 __all__ = [
     "Plan",
     "average_dtype",
+    "break_off",
+    "copies",
     "copy",
     "distance",
     "empty_like",
+    "exchange",
+    "groups",
+    "in_forward",
     "is_dense",
     "is_floating",
     "is_sharded",
+    "layout",
     "lerp",
     "loaded",
     "local",
+    "movable",
     "nonfinite",
     "overlaps_itself",
     "reshard",
     "same",
+    "same_layout",
+    "spread_like",
     "unsharded",
+    "whole",
     "write",
 ]
 
@@ -75,8 +102,10 @@ class Plan:
         self, targets: Sequence[Tensor], sources: Sequence[Tensor], path: type[Path] | None = None
     ) -> None:
         self._path = path or foreach.Foreach
+        for target, source in zip(targets, sources, strict=True):
+            _refuse_mixture(target, source)
         self._watched = [*targets, *sources]
-        self._seen = [local(t) for t in self._watched]
+        self._seen = [part.detach() for part in parts(self._watched)]
         pairs = zip(self._seen[: len(targets)], self._seen[len(targets) :], strict=True)
         self._pairs = [_real(target, source) for target, source in pairs]
         self._groups: list[Path] | None = None
@@ -84,7 +113,7 @@ class Plan:
     def current(self) -> bool:
         """Whether every tensor still has the storage, shape and strides it had in the beginning."""
         try:
-            return all(map(Tensor.is_set_to, map(_shard, self._watched), self._seen))
+            return all(map(Tensor.is_set_to, parts(self._watched), self._seen))
         except RuntimeError:  # moved to another device
             return False
 
@@ -174,7 +203,7 @@ def is_dense(tensor: Tensor) -> bool:
     """Whether it is plain memory, perhaps sharded: not sparse, nor packed, nor a lazy negative."""
     packed = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
     lazy = tensor.is_conj() or tensor.is_neg()
-    return tensor.layout == torch.strided and not lazy and (_is_dtensor(tensor) or not packed)
+    return tensor.layout == torch.strided and not lazy and (is_sharded(tensor) or not packed)
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
@@ -185,7 +214,7 @@ def overlaps_itself(tensor: Tensor) -> bool:
 def same(tensor: Tensor, seen: Tensor) -> bool:
     """Whether `tensor` still has the storage, shape and strides that the view `seen` has."""
     try:
-        return _shard(tensor).is_set_to(_shard(seen))
+        return local(tensor).is_set_to(local(seen))
     except RuntimeError:  # moved to another device
         return False
 
@@ -201,71 +230,32 @@ def nonfinite(tensors: Sequence[Tensor]) -> list[int]:
     return [i for i, tensor in enumerate(tensors) if not finite(local(tensor))]
 
 
-def distance(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> tuple[float, float]:
+def distance(
+    targets: Sequence[Tensor], sources: Sequence[Tensor], processes: int = 1
+) -> tuple[float, float]:
     """Return the sums of |target - source|^2 and |source|^2 over the local parts. Syncs.
 
-    Accumulated in float64, in slices, so that the memory it takes is bounded.
+    Accumulated in float64, in slices, so that the memory it takes is bounded. Of what several
+    processes hold alike each gets its share, so that the sums of so many add up.
     """
     squares = [0.0, 0.0]
-    for target, source in zip(map(local, targets), map(local, sources), strict=True):
-        for t, s in foreach.pieces(*_real(target, source)):
+    for target, source in zip(targets, sources, strict=True):
+        share = 1 / copies(target, processes)
+        for t, s in foreach.pieces(*_real(local(target), local(source))):
             wide = s.to(t.device, torch.float64)
-            squares[0] += float((t.double() - wide).square().sum())
-            squares[1] += float(wide.square().sum())
+            squares[0] += share * float((t.double() - wide).square().sum())
+            squares[1] += share * float(wide.square().sum())
     return squares[0], squares[1]
 
 
-def local(tensor: Tensor) -> Tensor:
-    """Return a view of the part of `tensor` that this process holds, outside of autograd."""
-    with torch.no_grad():
-        return _shard(tensor).detach()
-
-
-def unsharded(now: object, known: Tensor) -> bool:
-    """Whether `now` is what FSDP2 registers in place of the shard `known` around a forward."""
-    return (
-        isinstance(now, Tensor)
-        and _is_dtensor(known)
-        and not _is_dtensor(now)
-        and now.shape == known.shape
-    )
-
-
-def reshard(modules: Sequence[torch.nn.Module]) -> None:
-    """Make every FSDP2 module among these hold its shards again, and register them.
-
-    After a forward without a backward the root stays unsharded: its registered parameters are full
-    copies, and what is written to them is lost.
-    """
-    fsdp = loaded("torch.distributed.fsdp", "FSDPModule")
-    if fsdp is not None:
-        for module in modules:
-            if isinstance(module, fsdp):
-                cast("torch.distributed.fsdp.FSDPModule", module).reshard()
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether the tensor is spread over processes."""
-    return _is_dtensor(tensor)
-
-
-def _shard(tensor: Tensor) -> Tensor:
-    if _is_dtensor(tensor):
-        with torch.no_grad():
-            return cast("torch.distributed.tensor.DTensor", tensor).to_local()
-    return tensor
-
-
-def _is_dtensor(tensor: Tensor) -> bool:
-    if type(tensor) in (Tensor, torch.nn.Parameter):
-        return False
-    dtensor = loaded("torch.distributed.tensor", "DTensor")
-    return dtensor is not None and isinstance(tensor, dtensor)
-
-
-def loaded(module: str, name: str) -> type | None:
-    """Return a class of a torch module that is slow to import, if somebody has imported it."""
-    return getattr(sys.modules.get(module), name, None)
+def _refuse_mixture(target: Tensor, source: Tensor) -> None:
+    fits = target.shape == source.shape and same_layout(target, source)
+    if not fits and (is_sharded(target) or is_sharded(source)):
+        raise ValueError(
+            f"cannot write {tuple(source.shape)} ({layout(source)}) into {tuple(target.shape)} "
+            f"({layout(target)}): this process does not hold the same part of both; shard both in "
+            "the same way"
+        )
 
 
 def _real(target: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
@@ -278,8 +268,8 @@ def _real(target: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
     if target.shape != source.shape or target.is_complex() != source.is_complex():
         raise ValueError(
             f"cannot write {tuple(source.shape)} {source.dtype} into "
-            f"{tuple(target.shape)} {target.dtype}; the parts that this process holds must have "
-            "one shape (shard both in the same way) and be both real or both complex"
+            f"{tuple(target.shape)} {target.dtype}; both must have one shape, and be both "
+            "real or both complex"
         )
     if target.is_complex():
         wide = source if source.dtype != torch.complex32 else source.to(torch.complex64)
