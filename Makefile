@@ -2,6 +2,7 @@
 #   make demo    set up, train on real data, show what averaging gives
 #   make test    set up, run every test
 #   make ssl     self-supervised and semi-supervised learning on real images, and a report of it
+#   make bench   the speed of updates, beside the limit of the machine and the newest peers
 # `CONSTRAINTS=/dev/null make test` tests against whatever torch resolves to.
 
 PYTHON ?= python3
@@ -9,11 +10,12 @@ CONSTRAINTS ?= constraints.txt
 VENV := .venv
 RUN := $(VENV)/bin/python
 WORKERS ?= 2
+BENCH := .venv-bench
 
 export PIP_CONSTRAINT := $(abspath $(CONSTRAINTS))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo ssl test lint types docs wheel format clean
+.PHONY: demo ssl bench test lint types docs wheel format clean
 
 demo: $(VENV)/.ready
 	$(RUN) examples/teacher_student.py
@@ -21,6 +23,9 @@ demo: $(VENV)/.ready
 
 ssl: $(VENV)/.ready
 	$(RUN) examples/ssl/report.py
+
+bench: $(BENCH)/.ready
+	$(BENCH)/bin/python benchmarks/update.py --out docs
 
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS)
@@ -44,11 +49,20 @@ format: $(VENV)/.ready
 	$(RUN) -m ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build dist out docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BENCH) build dist out src/polyak/engine/_lerp* docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # The environment is made once; it is made again only when what it is made from changes.
-$(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
+$(VENV)/.ready: pyproject.toml setup.py src/polyak/engine/lerp.c $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade "pip>=25.1"
 	$(RUN) -m pip install --quiet --editable . --group dev
+	touch $@
+
+# Peers of the benchmark, in an environment of their own: timm without torchvision, which it needs
+# for other things than its averages.
+$(BENCH)/.ready: pyproject.toml setup.py src/polyak/engine/lerp.c $(CONSTRAINTS)
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BENCH)/bin/python -m pip install --quiet --editable . --group bench
+	$(BENCH)/bin/python -m pip install --quiet --no-deps "timm>=1.0.31"
 	touch $@

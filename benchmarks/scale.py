@@ -446,10 +446,10 @@ def print_row(console: Console, row: Row, bandwidth: float, every: int) -> None:
     lines = {
         f"weights, {short(row.dtypes.weights)}": "weights",
         f"averages, {short(row.dtypes.averages)}": "averages",
-        "the engine's scratch": "scratch",
+        "scratch of the path foreach": "scratch",
         "read by an update": "read",
         "written by an update": "written",
-        "in and out of scratch besides": "through_scratch",
+        "in and out of that scratch": "through_scratch",
         "communicated": "communicated",
         "held aside inside applied()": "aside",
         "read and written by applied()": "swapped",
@@ -473,8 +473,8 @@ def arithmetic(row: Row, bandwidth: float, every: int) -> list[str]:
         f"model: {row.config.parameters:,} parameters",
         f"update: {most.parameters:,.0f} x ({a} + {w} read + {a} written) bytes = "
         f"{size(most.moved)}; at {bandwidth:,.0f} GB/s {digits(least)} ms",
-        f"if no scratch stays in a cache: {most.parameters:,.0f} x ({2 * a + w} + {through}) bytes "
-        f"= {size(most.touched)}; {digits(bound)} ms",
+        f"on foreach, if no scratch stays in a cache: {most.parameters:,.0f} x "
+        f"({2 * a + w} + {through}) bytes = {size(most.touched)}; {digits(bound)} ms",
         f"checkpoint of the state: {size(row.checkpoint)} for all ranks together",
         f"largest tensor: {tensor.name}, {size(whole)} as an average",
     ]

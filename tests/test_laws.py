@@ -50,12 +50,43 @@ from polyak import (
     Linear,
     PowerLaw,
     Uniform,
+    checks,
     engine,
     everything,
     profile,
 )
 from polyak.decay import Decay, ExponentialRamp, InverseGamma, Ramp
+from polyak.engine import cpu, foreach, host
 from polyak.engine.reference import Reference
+
+
+class Anywhere(host.Host):
+    """Averages in host memory of weights that are there too."""
+
+    @staticmethod
+    def takes(target: Tensor, source: Tensor) -> bool:
+        return True
+
+
+PATHS = {"cpu": cpu.Cpu, "foreach": foreach.Foreach, "host": Anywhere}
+
+
+@pytest.fixture(scope="module", autouse=True, params=PATHS)
+def _path(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every law holds on every path."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "_PATHS", (PATHS[request.param], foreach.Foreach))
+        if request.param == "host":
+            patch.setattr(host, "BUFFER_BYTES", 256)
+            patch.setattr(checks, "checked_device", lambda device, view: torch.device("cpu"))
+        yield
+
+
+def test_the_laws_run_on_the_path_that_they_say(request: pytest.FixtureRequest) -> None:
+    ema = EMA(nn.Linear(2, 2), device="cpu")
+    ema.update()
+    assert ema.report().paths == (request.node.callspec.params["_path"],)
+
 
 # ---------------------------------------------------------------------------------- strategies
 
@@ -638,7 +669,10 @@ def interrupting(monkeypatch: pytest.MonkeyPatch, verb: str, call: int) -> Itera
         first, second = engine.Plan(*_split(pairs[:1])), engine.Plan(*_split(pairs[1:]))
         whole(first, *args)
         os.kill(os.getpid(), signal.SIGINT)
-        return whole(second, *args)
+        whole(second, *args)
+        for part in (first, second):
+            part.wait()
+        return None
 
     with monkeypatch.context() as patch:
         patch.setattr(engine, verb, halfway)

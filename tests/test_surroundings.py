@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from polyak import EMA, Constant, engine, trainable, update_
+from polyak import EMA, Constant, engine, swap, trainable, update_
 from polyak.files import read, read_facts
 from polyak.profile import inner
 from polyak.swap import uninterrupted
@@ -534,7 +534,7 @@ def test_every_handler_is_back_although_one_raises(monkeypatch: pytest.MonkeyPat
     """A Ctrl-C while the handlers are put back must not leave SIGTERM without one."""
     handled = []
     previous = signal.signal(signal.SIGTERM, lambda *_: handled.append("term"))
-    original, interrupts = signal.signal, [True]
+    original, interrupts = swap._signal.signal, [True]
 
     def install(number: int, handler: Any) -> Any:
         result = original(number, handler)
@@ -545,7 +545,7 @@ def test_every_handler_is_back_although_one_raises(monkeypatch: pytest.MonkeyPat
 
     try:
         with pytest.raises(KeyboardInterrupt), uninterrupted():
-            monkeypatch.setattr(signal, "signal", install)
+            monkeypatch.setattr(swap._signal, "signal", install)
         monkeypatch.undo()
         os.kill(os.getpid(), signal.SIGTERM)
         assert handled == ["term"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from polyak.callers import pretending_a_step
 
@@ -54,6 +55,10 @@ class Attachment:
             optimizer.register_step_pre_hook(untraced(checked)),
             optimizer.register_step_post_hook(untraced(counted)),
         ]
+
+    def add(self, handle: RemovableHandle) -> None:
+        """Take this hook off with the others."""
+        self._handles.append(handle)
 
     def remove(self) -> None:
         """Take the hooks off; a second time does nothing."""

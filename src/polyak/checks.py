@@ -70,18 +70,28 @@ def refuse_unwritable(dtype: torch.dtype | None) -> None:
         )
 
 
-def refuse_device(device: torch.device | str | None, view: View) -> None:
-    """Refuse a device that the model is not on."""
+def checked_device(device: torch.device | str | None, view: View) -> torch.device | None:
+    """Return where the averages are to be, if not beside their parameters."""
     if device is None:
-        return
-    wanted, others = torch.device(device), {slot.tensor.device for slot in view.tree.slots}
-    if wanted not in others and wanted.index is None:
-        others = {torch.device(other.type) for other in others}
-    if others != {wanted}:
+        return None
+    wanted = torch.device(device)
+    there = {slot.tensor.device for slot in view.tree.slots}
+    if there == {wanted} or (wanted.index is None and {d.type for d in there} == {wanted.type}):
+        return wanted if wanted.type == "cpu" else None  # it may yet move to an accelerator
+    sharded = any(engine.is_sharded(slot.tensor) for slot in view.tree.slots)
+    if wanted.type == "cpu" and {d.type for d in there} == {"cuda"} and not sharded:
+        if view.teacher is None:
+            return wanted
         raise ValueError(
-            f"averages on {wanted} for a model on {', '.join(sorted(map(str, others)))} are not to "
-            "be had; leave device out, and each average is beside its parameter"
+            "device= says where averages are kept, and those of into= are kept in the teacher; "
+            "leave device out, and put the teacher where they are to be"
         )
+    kinds = ", ".join(sorted(map(str, there))) + (", sharded" if sharded else "")
+    raise ValueError(
+        f"averages on {wanted} for a model on {kinds} are not to be had, only on 'cpu' for a model "
+        "that is whole and on CUDA devices; leave device out, and each average is beside its "
+        "parameter"
+    )
 
 
 def refuse_nothing(view: View, policy: Policy) -> None:
@@ -108,6 +118,12 @@ def refuse_no_data(slots: Mapping[str, Slot]) -> None:
         raise ValueError(
             f"{len(meta)} tensors are on the meta device and have no values to average:"
             f"{listed(meta)}\nmaterialize the model and load its weights before the first update"
+        )
+    freed = [name for name, slot in slots.items() if engine.is_freed(slot.tensor)]
+    if freed:
+        raise ValueError(
+            f"the memory of {len(freed)} tensors was freed or shrunk:{listed(freed)}\n"
+            "give it back (resize_ of the storage) before the update"
         )
 
 
@@ -171,10 +187,10 @@ def refuse_out_of_step(clocks: Mapping[int, int]) -> None:
         )
 
 
-def refuse_capture(averages: Mapping[str, Tensor]) -> None:
+def refuse_capture() -> None:
     """Refuse to be recorded into a CUDA graph."""
-    first = next(iter(averages.values()), None)
-    if first is not None and first.is_cuda and torch.cuda.is_current_stream_capturing():
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    if started and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "update() would be captured with the decay of this one step; call it after "
             "graph.replay() instead"

@@ -19,13 +19,14 @@ import uuid
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from polyak import batchnorm, callers, checks, engine, files, together
 from polyak.attach import Attachment, checked_optimizer
@@ -61,6 +62,8 @@ _runs: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
 # The averages that some model holds at this moment, in place of its trained weights.
 _applied: list[EMA] = []
+# Those whose updates go on beside training, and may still be reading the weights.
+_beside: weakref.WeakSet[EMA] = weakref.WeakSet()
 
 
 class EMA:
@@ -94,8 +97,10 @@ class EMA:
             tick (Debiased, PowerLaw, Uniform, After) overwrites these. The teacher is put into eval
             mode and out of autograd, once.
         dtype: the least dtype of the averages, `torch.float32` (default) or `torch.float64`.
-        device: where the averages are: beside each parameter (`None`, the default). Naming the
-            device that the model is on says the same; another one is refused so far.
+        device: where the averages are: beside each parameter (`None`, the default), or, for a model
+            on CUDA devices, `"cpu"`: in pinned host memory, where an update goes on while the next
+            forward and backward run if `attach` is used. Optimizer steps and all methods here wait
+            for it; call `report()` before changing the weights in another way.
 
     Raises:
         ValueError: the policy averages nothing; teacher and student do not match; the dtype is too
@@ -114,6 +119,7 @@ class EMA:
     _apart: set[str]  # averages that a teacher is too narrow to hold
     _view: View | None
     _plan: engine.Plan | None  # the update
+    _broken: Exception | None  # what an update failed of that went on beside training
     _through: engine.Plan  # these averages -> the teacher
     _follow: engine.Plan  # model -> what follows it in the teacher
     _history: History | None
@@ -153,7 +159,9 @@ class EMA:
         self._blocks: list[object] = []  # the open blocks of `applied`
         view = self._walk()
         checks.refuse_nothing(view, self._policy)
-        checks.refuse_device(device, view)
+        self._device = checks.checked_device(device, view)
+        if self._device is not None:
+            _beside.add(self)
         self._start_over()
         if self._teacher is not None:
             self._start_from_teacher(view)
@@ -205,6 +213,7 @@ class EMA:
             )
         next_clock = self._clock + self._pending + 1
         self._update(next_clock if t is None else checks.checked_clock(t))
+        self._read()
 
     def attach(
         self, optimizer: torch.optim.Optimizer, *, every: int = 1, tick: int = 1
@@ -246,6 +255,8 @@ class EMA:
             before=partial(self._refuse_applied, "step the optimizer"),
             after=after,
         )
+        if self._device is not None:  # any optimizer may change what is still being read
+            attachment.add(register_optimizer_step_pre_hook(lambda *_: _let_weights_change()))
         self._attachments = [a for a in self._attachments if a.active] + [attachment]
         return attachment
 
@@ -255,6 +266,8 @@ class EMA:
         With `into` the next update starts from what the teacher holds then.
         """
         self._refuse_applied("reset")
+        with suppress(RuntimeError):
+            self._settle()
         view = self._walk()
         with _writing():
             self._forget_statistics()
@@ -271,6 +284,7 @@ class EMA:
 
         Before the first update the average is the model, and these are the model's own tensors.
         """
+        self._settle()
         if self._averages:
             return MappingProxyType(self._averages)
         view = self._walk()
@@ -368,6 +382,7 @@ class EMA:
                 f"the averages do not fit {type(module).__name__}:{listed(wrong)}\n"
                 "build the module as the model was, or pick by name from ema.averages"
             )
+        _let_weights_change()
         with _writing():
             targets = [slots[key].tensor for key in exported]
             sources = [engine.spread_like(exported[key], slots[key].tensor) for key in exported]
@@ -528,7 +543,9 @@ class EMA:
         """
         self._refuse_applied("load a state")
         facts = Facts.from_state(state)
-        view = self._look()
+        with suppress(RuntimeError):  # what is broken is about to be replaced
+            self._settle()
+        view = self._compared()
         slots = {n: _found(view, n) for n in self._averages} or view.average
         averages = matched(state["averages"], view, slots)
         if facts.updates != self._updates and any(
@@ -552,6 +569,7 @@ class EMA:
             else:
                 self._take(slots, averages)
                 self._drop_plan()
+                self._broken = None
                 self._history, self._moments = facts.history, facts.moments
                 self._run = _runs[self._model] = facts.history.run
             self._clock, self._pending = facts.clock, facts.pending
@@ -655,6 +673,7 @@ class EMA:
             self._history = History(self._run, clock)
 
     def _advance(self, history: History, clock: int) -> None:
+        self._settle()
         dt = clock - self._clock
         keep = self._decay.keep(clock, dt)
         with _writing():
@@ -662,12 +681,14 @@ class EMA:
                 engine.reshard(self._view.teacher.modules)
                 checks.refuse_forward(self._view.teacher.modules, "update the teacher")
             plan = self._current_plan()
-            checks.refuse_capture(self._averages)
+            checks.refuse_capture()
             if self._view is not None and self._view.teacher is not None:
                 checks.refuse_trained_teacher(self._view)
             with uninterrupted():
                 self._forget_statistics()
                 engine.lerp(plan, 1.0 - keep)
+                if self._teacher is not None:  # which is read without asking
+                    plan.wait()
                 engine.copy(self._through)
                 engine.copy(self._follow)
                 history.tick(self._decay, dt)
@@ -693,6 +714,7 @@ class EMA:
         self._apart = set()
         self._view = None
         self._plan = None
+        self._broken = None
         self._through = self._follow = engine.Plan([], [])
         self._history = None
         self._moments = Moments()
@@ -742,7 +764,8 @@ class EMA:
                     engine.copy(self._through)
 
     def _empty(self, tensor: Tensor) -> Tensor:
-        return engine.empty_like(tensor, engine.average_dtype(tensor.dtype, self._floor))
+        dtype = engine.average_dtype(tensor.dtype, self._floor)
+        return engine.empty_like(tensor, dtype, self._device)
 
     def _forget_statistics(self) -> None:
         for name, average in self._underneath.items():
@@ -758,6 +781,7 @@ class EMA:
             return self._aside.state_dict()
         self._refuse_applied("apply the averages")
         checks.refuse_freezing()
+        _let_weights_change()
         view = self._look()
         checks.refuse_forward(view.tree.modules, "apply the averages")
         checks.refuse_merged(view.tree.modules)
@@ -789,6 +813,30 @@ class EMA:
             _applied[:] = [ema for ema in _applied if ema is not self]
         return changed
 
+    # -------------------------------------------------------------- averages in host memory, inside
+
+    def _read(self) -> None:
+        """Wait until the last update has read the weights, if it still does."""
+        try:
+            if self._plan is not None:
+                self._plan.read()
+        except Exception:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Wait until the last update is done, if it still goes on; refuse what it broke."""
+        try:
+            if self._plan is not None:
+                self._plan.wait()
+        except Exception as error:
+            self._plan, self._broken = None, error
+        if self._broken is not None:
+            raise RuntimeError(
+                "an update failed half-way, while training went on, and left some averages behind "
+                f"the others ({type(self._broken).__name__}: {self._broken}); load_state_dict() of "
+                "an earlier state, or reset()"
+            ) from self._broken
+
     # -------------------------------------------------------------- which tensors, inside
 
     def _walk(self) -> View:
@@ -800,6 +848,10 @@ class EMA:
 
     def _look(self) -> View:
         """Walk the model; refuse it if it is not the one that was averaged so far."""
+        self._settle()
+        return self._compared()
+
+    def _compared(self) -> View:
         view = self._walk()
         if self._averages:
             self._refuse_differences(view)
@@ -851,7 +903,8 @@ class EMA:
                 self._averages[name] = home.tensor.detach()
             elif home is None and not tensor.is_meta:
                 with _writing():
-                    self._averages[name] = engine.spread_like(average, tensor).to(tensor.device)
+                    here = engine.spread_like(average, tensor)
+                    self._averages[name] = here.to(self._device or tensor.device)
 
     def _current_plan(self) -> engine.Plan:
         """Return the plan of the update, made anew where tensors were replaced or moved."""
@@ -860,15 +913,24 @@ class EMA:
             if _intact(self._view) and all(plan.current() for plan in plans):
                 return self._plan
             self._drop_plan()
-        view = self._look()
+        view = self._compared()
         if self._plan is None:
-            weights = [_found(view, name).tensor for name in self._averages]
-            self._plan = engine.Plan(list(self._averages.values()), weights)
+            seen = {name: _found(view, name) for name in self._averages}
+            checks.refuse_no_data(seen)
+            # A teacher's own tensors are watched, since others may give them other memory.
+            averages = [
+                home.tensor if (home := view.home(name)) and name not in self._apart else average
+                for name, average in self._averages.items()
+            ]
             homes = {name: home.tensor for name in self._apart if (home := view.home(name))}
-            self._through = engine.Plan(list(homes.values()), [self._averages[n] for n in homes])
             # What was averaged stays so, also while it is frozen and a policy would let it follow.
             follow = [(a, b) for a, b in view.follow if a.name not in self._averages]
-            self._follow = engine.Plan([a.tensor for a, _ in follow], [b.tensor for _, b in follow])
+            plans = (
+                engine.Plan(averages, [slot.tensor for slot in seen.values()]),
+                engine.Plan(list(homes.values()), [self._averages[name] for name in homes]),
+                engine.Plan([a.tensor for a, _ in follow], [b.tensor for _, b in follow]),
+            )
+            self._plan, self._through, self._follow = plans
         return self._plan
 
     def _drop_plan(self) -> None:
@@ -1025,6 +1087,13 @@ def update_(teacher: nn.Module, student: nn.Module, decay: Constant | float = 0.
         with uninterrupted():
             engine.lerp(plans[0], 1.0 - value.decay)
             engine.copy(plans[1])
+            plans[0].wait()
+
+
+def _let_weights_change() -> None:
+    """Wait until no update that goes on beside training reads weights any more."""
+    for ema in list(_beside):
+        ema._read()
 
 
 _get: Any = dict.get  # unbound: the fastest that `map` can call

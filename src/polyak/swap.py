@@ -7,6 +7,7 @@ what it is told to keep, and puts it back bit for bit, whatever happened in betw
 
 from __future__ import annotations
 
+import importlib
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -119,8 +120,9 @@ def _grown(slot: Slot | None, now: object) -> bool:
     return now.shape != slot.tensor.shape and now.dtype == slot.tensor.dtype
 
 
+_signal: Any = importlib.import_module("_signal")  # `signal` makes enums, ten times as slow
 _SIGNALS = [
-    getattr(signal, name)
+    int(getattr(signal, name))
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGUSR1", "SIGUSR2")
     if hasattr(signal, name)
 ]
@@ -131,12 +133,12 @@ def uninterrupted() -> Iterator[None]:
     """Hold back Ctrl-C, and other signals that the program handles, until the block is done."""
     handlers: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+        handlers = {number: _signal.getsignal(number) for number in _SIGNALS}
         handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
     pending: list[tuple[int, FrameType | None]] = []
     try:
         for number in handlers:
-            signal.signal(number, lambda number, frame: pending.append((number, frame)))
+            _signal.signal(number, lambda number, frame: pending.append((number, frame)))
         yield
     finally:
         try:
@@ -149,7 +151,7 @@ def _put_back(handlers: list[tuple[int, Any]]) -> None:
     """Install these handlers, all of them, also if one that is back is called and raises."""
     if handlers:
         try:
-            signal.signal(*handlers[-1])
+            _signal.signal(*handlers[-1])
         finally:
             _put_back(handlers[:-1])
 

@@ -9,7 +9,8 @@ the verbs run blind. This package is the only place that knows dtypes, devices, 
 scratch memory; it knows no names, no clock and no decay. Tensors that are spread over processes
 take part with the shard that is here (`shards`), so that no verb ever communicates.
 
-Paths, all within rounding of `reference`: `foreach`, for every device of torch.
+Paths, all within rounding of `reference`: `cpu` (C), `cuda` (Triton), `host` (averages in host
+memory, which go on while an accelerator works), `foreach` (wherever torch runs).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from polyak.engine import foreach
+from polyak.engine import cpu, cuda, foreach, host
 from polyak.engine.shards import (
     break_off,
     copies,
@@ -53,6 +54,7 @@ __all__ = [
     "in_forward",
     "is_dense",
     "is_floating",
+    "is_freed",
     "is_sharded",
     "layout",
     "lerp",
@@ -78,12 +80,22 @@ class Path(Protocol):
     """
 
     name: str
-    skipped: Tensor  # 0-dim int64 on the targets' device: elements that kept their value
+
+    @property
+    def skipped(self) -> Tensor:
+        """How many elements kept their value: 0-dim int64 on the targets' device."""
+
+    @staticmethod
+    def takes(target: Tensor, source: Tensor) -> bool:
+        """Whether it can run this pair of tensors."""
 
     def __init__(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None: ...
 
     def lerp(self, weight: float | Tensor) -> None:
         """Move every element whose result is finite; add the others to `skipped`."""
+
+
+_PATHS: tuple[type[Path], ...] = (cpu.Cpu, cuda.Cuda, host.Host, foreach.Foreach)
 
 
 class Plan:
@@ -92,7 +104,7 @@ class Plan:
     Args:
         targets: the tensors that are written. DTensors take part with their local shard.
         sources: as many, of the same shapes; any floating dtype, also on another device.
-        path: the way to run `lerp`; by default the fastest that runs on the targets.
+        path: the way to run `lerp`, for the pairs that it takes; by default the fastest.
 
     Raises:
         ValueError: a shape, a shard or a kind (real, complex) differs, or a tensor has no data.
@@ -101,26 +113,67 @@ class Plan:
     def __init__(
         self, targets: Sequence[Tensor], sources: Sequence[Tensor], path: type[Path] | None = None
     ) -> None:
-        self._path = path or foreach.Foreach
         for target, source in zip(targets, sources, strict=True):
             _refuse_mixture(target, source)
+        self._paths = _PATHS if path is None else (path, foreach.Foreach)
         self._watched = [*targets, *sources]
-        self._seen = [part.detach() for part in parts(self._watched)]
-        pairs = zip(self._seen[: len(targets)], self._seen[len(targets) :], strict=True)
+        self._spread = any(map(is_sharded, self._watched))
+        # Held with their storages, so that no other tensor gets the memory that pointers lead to.
+        self._held = [t.detach() if t.requires_grad else t for t in parts(self._watched)]
+        pairs = zip(self._held[: len(targets)], self._held[len(targets) :], strict=True)
         self._pairs = [_real(target, source) for target, source in pairs]
+        # Of one dimension only the memory is watched: its shape shows when the model is walked.
+        self._several = [i for i, tensor in enumerate(self._held) if tensor.ndim > 1]
+        self._watched_several = [self._watched[i] for i in self._several]
+        self._storages = [tensor.untyped_storage() for tensor in self._held]
+        self._layouts = self._look(self._held, [self._held[i] for i in self._several])
         self._groups: list[Path] | None = None
 
     def current(self) -> bool:
-        """Whether every tensor still has the storage, shape and strides it had in the beginning."""
+        """Whether every tensor still has the memory and the layout it had in the beginning."""
+        here, several = self._watched, self._watched_several
         try:
-            return all(map(Tensor.is_set_to, parts(self._watched), self._seen))
-        except RuntimeError:  # moved to another device
+            if self._spread:
+                here = parts(self._watched)
+                several = [here[i] for i in self._several]
+            return self._look(here, several) == self._layouts
+        except RuntimeError:  # moved to a device that does not tell
             return False
+
+    def _look(self, tensors: Sequence[Tensor], several: Sequence[Tensor]) -> tuple[object, ...]:
+        """Return what tells whether tensors are where they were, `several` also as they were.
+
+        This is most of what an update costs beside its pass over memory, so that no more is asked
+        than what tells. Memory that is freed is at 0; what is given instead may be as before, but
+        for its size.
+        """
+        even = all(map(Tensor.is_contiguous, several))
+        strides = None if even else list(map(Tensor.stride, several))
+        sizes = list(map(torch.UntypedStorage.nbytes, self._storages))
+        return list(map(Tensor.data_ptr, tensors)), sizes, list(map(Tensor.numel, several)), strides
+
+    def read(self) -> None:
+        """Wait until the sources may change. Raises what went wrong since the last call."""
+        for group in self._groups or ():
+            if isinstance(group, host.Host):
+                group.read()
+
+    def wait(self) -> None:
+        """Wait until all targets have moved. Raises what went wrong, each time."""
+        for group in self._groups or ():
+            if isinstance(group, host.Host):
+                group.wait()
 
     @property
     def paths(self) -> list[str]:
-        """The paths that `lerp` takes, by name."""
-        return sorted({group.name for group in self._lerp_groups()})
+        """The paths that `lerp` takes, by name, and why not the fastest."""
+        names = {group.name for group in self._lerp_groups()}
+        if "foreach" in names:
+            why = {obstacle for pair in self._pairs if (obstacle := _obstacle(*pair))}
+            names = names - {"foreach"} | {
+                f"foreach ({'; '.join(sorted(why))})" if why else "foreach"
+            }
+        return sorted(names)
 
     def skipped(self) -> int:
         """How many elements kept their value because the new one was not finite. Syncs."""
@@ -128,15 +181,16 @@ class Plan:
 
     def _lerp_groups(self) -> list[Path]:
         if self._groups is None:
-            self._groups = [self._path(*group) for group in self._grouped()]
+            self._groups = [path(*group) for path, *group in self._grouped()]
         return self._groups
 
-    def _grouped(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        groups: dict[object, tuple[list[Tensor], list[Tensor]]] = {}
+    def _grouped(self) -> Iterator[tuple[type[Path], list[Tensor], list[Tensor]]]:
+        groups: dict[object, tuple[type[Path], list[Tensor], list[Tensor]]] = {}
         for target, source in self._pairs:
             if target.numel():
-                key = (target.device, target.dtype, source.device, source.dtype)
-                targets, sources = groups.setdefault(key, ([], []))
+                path = next(path for path in self._paths if path.takes(target, source))
+                key = (path, target.device, target.dtype, source.device, source.dtype)
+                _, targets, sources = groups.setdefault(key, (path, [], []))
                 targets.append(target)
                 sources.append(source)
         yield from groups.values()
@@ -147,19 +201,22 @@ def lerp(plan: Plan, weight: float | Tensor) -> None:
 
     An element whose new value would not be finite keeps the old one and is counted. The lerp form
     is torch's, whose fixed point is exact: where source and target are equal nothing changes. A
-    complex element is two real ones.
+    complex element is two real ones. With a weight of 0 nothing is written and nothing counted.
+    Where targets are in host memory and sources are not it only begins: see `Plan.read` and `wait`.
 
     Args:
         plan: what to write from what.
         weight: the share of the source, 0 to 1; a float or a 0-dim tensor on the targets' device.
     """
+    if isinstance(weight, float) and weight == 0.0:
+        return
     for group in plan._lerp_groups():
         group.lerp(weight)
 
 
 def copy(plan: Plan) -> None:
     """Write each source into its target, cast to the target's dtype, finite or not."""
-    for targets, sources in plan._grouped():
+    for _, targets, sources in plan._grouped():
         torch._foreach_copy_(targets, sources)
 
 
@@ -185,13 +242,18 @@ def average_dtype(dtype: torch.dtype, floor: torch.dtype = torch.float32) -> tor
     return floor if dtype.itemsize < floor.itemsize else torch.promote_types(dtype, floor)
 
 
-def empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return an uninitialized tensor of that dtype; device, layout and sharding are kept."""
+def empty_like(tensor: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """Return an uninitialized tensor of that dtype; layout and sharding are kept.
+
+    On `device`, by default the tensor's own. In host memory for an accelerator's tensor it is
+    pinned, so that copies between the two need not wait.
+    """
     with torch.inference_mode(False):
-        tensor = tensor.detach()
+        tensor, where = tensor.detach(), device or tensor.device
+        pinned = where.type == "cpu" and tensor.device.type == "cuda"
         if overlaps_itself(tensor):
-            return torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
-        return torch.empty_like(tensor, dtype=dtype)
+            return torch.empty(tensor.shape, dtype=dtype, device=where, pin_memory=pinned)
+        return torch.empty_like(tensor, dtype=dtype, device=where, pin_memory=pinned)
 
 
 def is_floating(tensor: Tensor) -> bool:
@@ -248,6 +310,15 @@ def distance(
     return squares[0], squares[1]
 
 
+def _obstacle(target: Tensor, source: Tensor) -> str:
+    """Return why a device's own kernel is not there, if it might be."""
+    if target.device.type == source.device.type == "cpu":
+        return cpu.obstacle()
+    if target.device.type == source.device.type == "cuda":
+        return cuda.obstacle(target.device, target.dtype, source.dtype)
+    return ""
+
+
 def _refuse_mixture(target: Tensor, source: Tensor) -> None:
     fits = target.shape == source.shape and same_layout(target, source)
     if not fits and (is_sharded(target) or is_sharded(source)):
@@ -258,12 +329,27 @@ def _refuse_mixture(target: Tensor, source: Tensor) -> None:
         )
 
 
+def is_freed(tensor: Tensor) -> bool:
+    """Whether the part that is here has lost memory (`resize_` of its storage)."""
+    here = local(tensor)
+    if here.is_meta or not here.numel():
+        return False
+    steps = zip(here.shape, here.stride(), strict=True)
+    elements = here.storage_offset() + 1 + sum((n - 1) * step for n, step in steps)
+    return here.untyped_storage().nbytes() < elements * here.itemsize
+
+
 def _real(target: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
     for tensor in (target, source):
         if tensor.is_meta:
             raise ValueError(
                 f"a tensor of shape {tuple(tensor.shape)} is on the meta device and has no data; "
                 "materialize it (module.to_empty(device=...), then load its values) first"
+            )
+        if is_freed(tensor):
+            raise ValueError(
+                f"the memory of a tensor of shape {tuple(tensor.shape)} was freed or shrunk "
+                "(resize_ of its storage); give it its memory back"
             )
     if target.shape != source.shape or target.is_complex() != source.is_complex():
         raise ValueError(

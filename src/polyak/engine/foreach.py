@@ -27,29 +27,41 @@ class Foreach:
 
     name = "foreach"
 
+    @staticmethod
+    def takes(target: Tensor, source: Tensor) -> bool:
+        """Whether this pair can be run here: any can."""
+        return True
+
     def __init__(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         device, dtype = targets[0].device, targets[0].dtype
         size = min(CHUNK.get(device.type, CHUNK_ACCELERATOR), sum(t.numel() for t in targets))
         with torch.inference_mode(False):
             mixed, spare = torch.empty(2, size, dtype=dtype, device=device)
             self._finite = torch.empty(size, dtype=torch.bool, device=device)
+            self._weight = torch.empty((), dtype=dtype, device=device)
             self._sum = torch.empty((), dtype=dtype, device=device)
             self._count = torch.empty((), dtype=torch.int64, device=device)
+            self._nonzero = torch.empty((), dtype=torch.bool, device=device)
+            self._moves = torch.ones((), dtype=torch.int64, device=device)  # 0 at a weight of 0
             self._infinity = torch.full((), math.inf, dtype=dtype, device=device)
             self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self._cheap_to_read = device.type == "cpu"
         self._alike = (sources[0].device, sources[0].dtype) == (device, dtype)
-        self._chunks = [_Chunk(held, mixed, spare) for held in _cut(targets, sources, size)]
+        self._chunks = [_Chunk(held, mixed, spare) for held in cut(targets, sources, size)]
 
     def lerp(self, weight: Any) -> None:
         """Move the targets, chunk by chunk; the weight is a float or a 0-dim tensor."""
+        known = not isinstance(weight, Tensor)
+        by: Any = weight if known else self._weight.copy_(weight)
+        if not known:
+            self._moves.copy_(torch.ne(by, 0.0, out=self._nonzero))
         for chunk in self._chunks:
             torch._foreach_copy_(chunk.mixed_views, chunk.targets)
-            if self._alike:
-                torch._foreach_lerp_(chunk.mixed_views, chunk.sources, weight)
+            if self._alike and known:  # a tensor it would read on the host
+                torch._foreach_lerp_(chunk.mixed_views, chunk.sources, by)
             else:
                 torch._foreach_copy_(chunk.spare_views, chunk.sources)
-                torch._foreach_lerp_([chunk.mixed], [chunk.spare], weight)
+                torch.lerp(chunk.mixed, chunk.spare, by, out=chunk.mixed)
             if not (self._cheap_to_read and self._all_finite(chunk.mixed)):
                 self._keep_old(chunk)
             torch._foreach_copy_(chunk.targets, chunk.mixed_views)
@@ -66,7 +78,8 @@ class Foreach:
         torch.lt(chunk.spare, self._infinity, out=finite)  # false for NaN; isfinite has no out=
         # A sum of booleans would allocate; one of ones is exact, since a chunk has less than 2^24.
         torch.sum(chunk.spare.copy_(finite), dim=0, out=self._sum)
-        self.skipped.add_(chunk.size).sub_(self._count.copy_(self._sum))
+        self._count.copy_(self._sum).neg_().add_(chunk.size)
+        self.skipped.add_(self._count.mul_(self._moves))
         torch._foreach_copy_(chunk.spare_views, chunk.targets)
         torch.where(finite, chunk.mixed, chunk.spare, out=chunk.mixed)
 
@@ -89,7 +102,7 @@ class _Chunk:
         )
 
 
-def _cut(
+def cut(
     targets: Sequence[Tensor], sources: Sequence[Tensor], size: int
 ) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Yield lists of pieces of at most `size` elements together."""
@@ -107,7 +120,7 @@ def _cut(
 
 def pieces(target: Tensor, source: Tensor, size: int = 1 << 20) -> Iterator[tuple[Tensor, Tensor]]:
     """Cut a pair of tensors of one shape into pairs of views of at most `size` elements."""
-    if target.stride() == source.stride() and _dense(target):
+    if fills_alike(target, source):
         flat = (target.numel(),), (1,)
         target, source = target.as_strided(*flat), source.as_strided(*flat)
     if target.numel() <= size:
@@ -119,10 +132,12 @@ def pieces(target: Tensor, source: Tensor, size: int = 1 << 20) -> Iterator[tupl
         yield from pieces(*pair, size)
 
 
-def _dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one run of memory, in any order of the dimensions."""
+def fills_alike(target: Tensor, source: Tensor) -> bool:
+    """Whether both fill one run of memory with their elements, in the same order."""
+    if target.stride() != source.stride():
+        return False
     run = 1
-    for stride, length in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+    for stride, length in sorted(zip(target.stride(), target.shape, strict=True)):
         if length != 1:
             if stride != run:
                 return False
