@@ -1,0 +1,1 @@
+"""What `benchmarks/update.py` is made of: contenders, timing, what is measured, and the report."""
