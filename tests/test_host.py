@@ -6,6 +6,7 @@ the same code. `tests/test_gpu.py` has what needs a GPU.
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
@@ -143,6 +144,23 @@ def test_a_step_waits_until_the_weights_are_read(gate: threading.Event, other: b
     handle.remove()
     gate.clear()
     first.step()  # nobody waits any more
+
+
+def test_the_hook_on_all_optimizers_goes_with_the_ema() -> None:
+    """It is torch's, for the whole process: what is forgotten must not be asked for ever."""
+    from torch.optim import optimizer as torch_optimizer
+
+    hooks = torch_optimizer._global_optimizer_pre_hooks
+    gc.collect()
+    before = len(hooks)
+    model = plain()
+    optimizer = sgd(model)
+    ema = EMA(model, 0.5, device="cpu")
+    ema.attach(optimizer)
+    assert len(hooks) == before + 1
+    del model, optimizer, ema
+    gc.collect()
+    assert len(hooks) == before
 
 
 READERS = {

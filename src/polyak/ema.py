@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from polyak import batchnorm, callers, checks, engine, files, together
 from polyak.attach import Attachment, checked_optimizer
@@ -256,7 +257,7 @@ class EMA:
             after=after,
         )
         if self._device is not None:  # any optimizer may change what is still being read
-            attachment.add(register_optimizer_step_pre_hook(lambda *_: _let_weights_change()))
+            attachment.add(self._before_any_step())
         self._attachments = [a for a in self._attachments if a.active] + [attachment]
         return attachment
 
@@ -822,6 +823,19 @@ class EMA:
                 self._plan.read()
         except Exception:
             self._settle()
+
+    def _before_any_step(self) -> RemovableHandle:
+        """Hook onto the steps of every optimizer, for as long as this EMA lives."""
+        reference = weakref.ref(self)
+
+        def before(*_: object) -> None:
+            ema = reference()
+            if ema is not None:
+                ema._read()
+
+        handle = register_optimizer_step_pre_hook(before)
+        weakref.finalize(self, handle.remove)
+        return handle
 
     def _settle(self) -> None:
         """Wait until the last update is done, if it still goes on; refuse what it broke."""
