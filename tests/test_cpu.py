@@ -130,7 +130,7 @@ def by_torch(target: Tensor, source: Tensor, weight: float) -> tuple[Tensor, int
 def kinds() -> list[int]:
     """Return the loops that run on this processor and round as torch does here."""
     chosen = cpu._loops().kind
-    runs = cpu._loops().library.polyak_runs
+    runs = cpu._loops().dll.polyak_runs
     return [kind for kind in cpu._KINDS if runs(kind) and (kind == 0) == (chosen == 0)]
 
 
@@ -306,7 +306,7 @@ def test_what_is_not_finite_and_what_becomes_so(wide: torch.dtype, narrow: torch
 @pytest.mark.parametrize("kind", cpu._KINDS)
 def test_memory_that_no_number_would_be_put_at(kind: int) -> None:
     """Tensors at odd addresses, as a file may hold them that is mapped into memory."""
-    if not cpu._loops().library.polyak_runs(kind):
+    if not cpu._loops().dll.polyak_runs(kind):
         pytest.skip("this processor has no such instructions")
     for (wide, narrow), here, there in itertools.product(PAIRS, range(3), range(3)):
         values = wild(1000, wide, 8), wild(1000, narrow, 9)
@@ -639,7 +639,7 @@ def every_bit() -> None:
 
 def widest() -> int:
     """Return the widest loops with one rounding that this processor runs; 0 if none."""
-    return max(kind for kind in cpu._KINDS if cpu._loops().library.polyak_runs(kind))
+    return max(kind for kind in cpu._KINDS if cpu._loops().dll.polyak_runs(kind))
 
 
 @on_x86
@@ -1252,7 +1252,7 @@ def sanitized() -> None:
     )
     cpu._found.clear()
     assert cpu.obstacle() == ""
-    assert cpu._loops().library._name == path
+    assert cpu._loops().dll._name == path
 
 
 def everything_that_happens() -> None:

@@ -91,7 +91,7 @@ class Cpu:
 
     def _work(self) -> None:
         """Take pieces of the job until none is left. Other threads may do so at the same time."""
-        self._loops.library.polyak_lerp(ctypes.byref(self._job), self._loops.kind, self._pair)
+        self._loops.dll.polyak_lerp(ctypes.byref(self._job), self._loops.kind, self._pair)
 
 
 def obstacle() -> str:
@@ -116,7 +116,7 @@ class _Job(ctypes.Structure):
 
 
 class _Loops(NamedTuple):
-    library: ctypes.CDLL
+    dll: ctypes.CDLL
     kind: int
 
 
