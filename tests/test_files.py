@@ -652,25 +652,12 @@ def test_a_writer_does_not_remove_the_file_of_another(tmp_path: Path) -> None:
     assert names_in(tmp_path) == ["a", "b"]
 
 
-KILLS = """
+MOMENTS = """
 import os, random, sys
 sys.modules["numpy"] = None  # torch does not depend on it, and nor do files
 from pathlib import Path
 import torch
 from polyak import files
-
-path = Path(sys.argv[1])
-random.seed(0)
-
-def write(number):
-    # Another length each time, so that a file that is partly the old one cannot pass.
-    def lazy():
-        moment()
-        return torch.full((500_000 - number,), float(number))
-
-    length = (500_000 - number,)
-    tensors = {f"t{i}": files.Lazy(torch.float32, length, lazy) for i in range(8)}
-    files.write(path, tensors, {"number": number})
 
 left = 0  # moments until the end; 0 is never
 
@@ -689,9 +676,25 @@ def with_moments(function):
             moment()
     return call
 
-# A write has 8 tensors, and a moment before and after each of: sync, rename, sync of the folder.
 os.fsync = with_moments(os.fsync)
 Path.replace = with_moments(Path.replace)
+"""
+
+KILLS = """
+path = Path(sys.argv[1])
+random.seed(0)
+
+def write(number):
+    # Another length each time, so that a file that is partly the old one cannot pass.
+    def lazy():
+        moment()
+        return torch.full((500_000 - number,), float(number))
+
+    length = (500_000 - number,)
+    tensors = {f"t{i}": files.Lazy(torch.float32, length, lazy) for i in range(8)}
+    files.write(path, tensors, {"number": number})
+
+# A write has 8 tensors, and a moment before and after each of: sync, rename, sync of the folder.
 A_WRITE = 8 + 6
 
 write(0)
@@ -725,7 +728,7 @@ def test_a_killed_writer_leaves_the_old_file_or_the_new_one(path: Path) -> None:
     (package,) = polyak.__path__
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(package).parent)}
     run = subprocess.run(
-        [sys.executable, "-c", KILLS, str(path)],
+        [sys.executable, "-c", MOMENTS + KILLS, str(path)],
         env=environment, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
@@ -844,30 +847,8 @@ def test_an_exception_leaves_no_folder(tmp_path: Path, error: type[BaseException
 
 
 KILLED_FOLDER = """
-import os, sys, torch
-from pathlib import Path
-from polyak import files
-
 target, end = Path(sys.argv[1]), int(sys.argv[2])
 left = end
-
-def moment():
-    global left
-    left -= 1
-    if left == 0:
-        os.kill(os.getpid(), 9)
-
-def with_moments(function):
-    def call(*args, **kwargs):
-        moment()
-        try:
-            return function(*args, **kwargs)
-        finally:
-            moment()
-    return call
-
-os.fsync = with_moments(os.fsync)
-Path.replace = with_moments(Path.replace)
 files.write_sharded(target, {f"t{i}": torch.full((100,), float(i)) for i in range(3)}, 400)
 print("moments", end - left)
 """
@@ -880,7 +861,7 @@ def test_a_killed_writer_leaves_no_folder_or_the_whole_one(tmp_path: Path) -> No
 
     def attempt(name: str, end: int) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-c", KILLED_FOLDER, str(tmp_path / name), str(end)],
+            [sys.executable, "-c", MOMENTS + KILLED_FOLDER, str(tmp_path / name), str(end)],
             env=environment, capture_output=True, text=True, timeout=60, check=False,
         )  # fmt: skip
 

@@ -467,6 +467,46 @@ def test_merged_before() -> None:
         pass
 
 
+class MergesInEval(nn.Linear):
+    """As loralib's layers do: `eval()` adds the adapter to the frozen weight, `train()` removes it.
+
+    Written after loralib 0.1.2, which is not installed here.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(4, 4, bias=False)
+        self.weight.requires_grad_(False)
+        self.adapter = nn.Parameter(torch.zeros(4, 4))
+        self.merged = False
+
+    def train(self, mode: bool = True) -> MergesInEval:
+        if self.merged == mode:
+            self.weight.data += self.adapter if not mode else -self.adapter
+            self.merged = not mode
+        return super().train(mode)
+
+
+def test_merged_by_eval() -> None:
+    """The usual `eval()` inside the block merges: it is told; before the block it is refused."""
+    model = MergesInEval()
+    ema = EMA(model, 0.5)
+    for _ in range(3):
+        with torch.no_grad():
+            model.adapter.add_(1.0)
+        ema.update()
+    with (
+        pytest.raises(RuntimeError, match=r"MergesInEval.* merged averaged adapters"),
+        ema.applied(),
+    ):
+        model.eval()
+    assert model.merged
+    with pytest.raises(RuntimeError, match=r"loralib: model.train\(\), or merge_weights=False"):
+        ema.applied().__enter__()
+    model.train()
+    with ema.applied():
+        pass
+
+
 def test_unloaded() -> None:
     """A model without its adapters is not the one that was averaged."""
     model, _, ema = run(TWO)

@@ -45,7 +45,6 @@ __all__ = [
     "Plan",
     "average_dtype",
     "break_off",
-    "copies",
     "copy",
     "distance",
     "empty_like",
