@@ -129,14 +129,14 @@ def by_torch(target: Tensor, source: Tensor, weight: float) -> tuple[Tensor, int
 
 def kinds() -> list[int]:
     """Return the loops that run on this processor and round as torch does here."""
-    chosen = cpu._loops().kind
-    runs = cpu._loops().dll.polyak_runs
+    chosen = cpu.loops().kind
+    runs = cpu.loops().dll.polyak_runs
     return [kind for kind in cpu._KINDS if runs(kind) and (kind == 0) == (chosen == 0)]
 
 
 def mixer(targets: Sequence[Tensor], sources: Sequence[Tensor], kind: int | None = None) -> cpu.Cpu:
     """Return the path over these tensors, by default with the loops that polyak has chosen."""
-    loops = cpu._loops()
+    loops = cpu.loops()
     return cpu.Cpu(targets, sources, loops if kind is None else loops._replace(kind=kind))
 
 
@@ -306,7 +306,7 @@ def test_what_is_not_finite_and_what_becomes_so(wide: torch.dtype, narrow: torch
 @pytest.mark.parametrize("kind", cpu._KINDS)
 def test_memory_that_no_number_would_be_put_at(kind: int) -> None:
     """Tensors at odd addresses, as a file may hold them that is mapped into memory."""
-    if not cpu._loops().dll.polyak_runs(kind):
+    if not cpu.loops().dll.polyak_runs(kind):
         pytest.skip("this processor has no such instructions")
     for (wide, narrow), here, there in itertools.product(PAIRS, range(3), range(3)):
         values = wild(1000, wide, 8), wild(1000, narrow, 9)
@@ -627,7 +627,7 @@ def test_a_signal_in_the_middle_comes_after_the_update(
 
 def every_bit() -> None:
     """In a child: hold the loops that were chosen to all bits, and say which they are."""
-    tell(torch.backends.cpu.get_cpu_capability(), cpu._loops().kind)
+    tell(torch.backends.cpu.get_cpu_capability(), cpu.loops().kind)
     for pair in PAIRS:
         test_every_size_at_every_alignment(*pair)
         test_any_bits_by_any_weight(*pair)
@@ -639,14 +639,14 @@ def every_bit() -> None:
 
 def widest() -> int:
     """Return the widest loops with one rounding that this processor runs; 0 if none."""
-    return max(kind for kind in cpu._KINDS if cpu._loops().dll.polyak_runs(kind))
+    return max(kind for kind in cpu._KINDS if cpu.loops().dll.polyak_runs(kind))
 
 
 @on_x86
 def test_the_loops_round_as_torch_does_here() -> None:
     """Twice where torch has no fused multiply-add, else once and as wide as the processor."""
     capability = torch.backends.cpu.get_cpu_capability()
-    assert cpu._loops().kind == (0 if capability == "DEFAULT" else widest())
+    assert cpu.loops().kind == (0 if capability == "DEFAULT" else widest())
 
 
 @on_x86
@@ -668,7 +668,7 @@ def test_the_search_leaves_everything_as_it_is(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(torch, "manual_seed", refuse)
     monkeypatch.setattr(torch.cuda, "manual_seed_all", refuse)
-    state, found = torch.get_rng_state(), cpu._loops()
+    state, found = torch.get_rng_state(), cpu.loops()
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"), torch.inference_mode():
@@ -777,7 +777,7 @@ def test_a_library_that_rounds_otherwise_is_not_used(
     library: Callable[[Path | None], None], tmp_path: Path, change: str
 ) -> None:
     """Whatever has become of the loops on the way: they do what torch does, or nothing."""
-    if not cpu._loops().kind:
+    if not cpu.loops().kind:
         pytest.skip("this torch rounds twice, as some of these do")
     old, new = OTHERWISE[change]
     text = SOURCE.read_text()
@@ -794,10 +794,10 @@ def test_the_same_source_compiled_anew_is_used(
     library: Callable[[Path | None], None], tmp_path: Path
 ) -> None:
     """The tests above refuse what was changed, not what was compiled in a test."""
-    kind = cpu._loops().kind
+    kind = cpu.loops().kind
     library(built(SOURCE, tmp_path / "lerp.so", "-O1", "-shared", "-fPIC"))
     assert cpu.obstacle() == ""
-    assert cpu._loops().kind == kind
+    assert cpu.loops().kind == kind
 
 
 # --------------------------------------------------------------------------------- the pointers
@@ -1252,7 +1252,7 @@ def sanitized() -> None:
     )
     cpu._found.clear()
     assert cpu.obstacle() == ""
-    assert cpu._loops().dll._name == path
+    assert cpu.loops().dll._name == path
 
 
 def everything_that_happens() -> None:
@@ -1264,7 +1264,7 @@ def everything_that_happens() -> None:
             happens(change, taught, dtype, Path(folder))
     for pair in PAIRS:
         test_every_size_at_every_alignment(*pair)
-    test_memory_that_no_number_would_be_put_at(cpu._loops().kind)
+    test_memory_that_no_number_would_be_put_at(cpu.loops().kind)
     tell("all that happens")
 
 

@@ -270,8 +270,7 @@ class EMA:
         with suppress(RuntimeError):
             self._settle()
         view = self._walk()
-        with _writing():
-            self._forget_statistics()
+        self._forget_statistics()
         self._run += "/reset"  # what comes shares no states with what was
         self._start_over()
         if self._teacher is not None:
@@ -344,7 +343,7 @@ class EMA:
         view = self._look()
         names = _names_in(view.tree, part)
         exported = self._exported(view)
-        with _writing():
+        with engine.unrecorded():
             return {
                 name: exported[key].to(view.tree.by_name[key].tensor.dtype, copy=True)
                 if key in exported
@@ -384,7 +383,7 @@ class EMA:
                 "build the module as the model was, or pick by name from ema.averages"
             )
         _let_weights_change()
-        with _writing():
+        with engine.unrecorded():
             targets = [slots[key].tensor for key in exported]
             sources = [engine.spread_like(exported[key], slots[key].tensor) for key in exported]
             engine.write(engine.Plan(targets, sources))
@@ -489,7 +488,7 @@ class EMA:
             tree = Tree(self._model)
             self._statistics = _by_name(tree, found)
             if self._aside is not None:  # called inside of applied(): the model holds them at once
-                with _writing():
+                with engine.unrecorded():
                     for name, value in self._statistics.items():
                         tree.by_name[name].tensor.copy_(value)
             return
@@ -498,12 +497,12 @@ class EMA:
         try:
             found = batchnorm.reestimate(self._teacher, batches, limit)
         finally:
-            with uninterrupted(), _writing():
+            with uninterrupted(), engine.unrecorded():
                 aside.restore()
         own = {id(slot.tensor) for slot in view.tree.slots}
         statistics = _by_name(tree, found)
         statistics = {n: s for n, s in statistics.items() if id(tree.by_name[n].tensor) not in own}
-        with _lock, _writing():
+        with _lock, engine.unrecorded():
             self._forget_statistics()
             for name, value in statistics.items():
                 tensor = tree.by_name[name].tensor
@@ -600,7 +599,7 @@ class EMA:
         view = self._look()
         weights = [_trained(_found(view, name).tensor) for name in self._averages]
         averages, processes = list(self._averages.values()), group.size() if group else 1
-        with _writing():
+        with engine.unrecorded():
             difference, norm = engine.distance(averages, weights, processes)
         held = sum(engine.local(average).nbytes for average in averages)
         nonfinite = self._count_nonfinite()
@@ -677,24 +676,25 @@ class EMA:
         self._settle()
         dt = clock - self._clock
         keep = self._decay.keep(clock, dt)
-        with _writing():
-            if self._view is not None and self._view.teacher is not None:
-                engine.reshard(self._view.teacher.modules)
-                checks.refuse_forward(self._view.teacher.modules, "update the teacher")
-            plan = self._current_plan()
-            checks.refuse_capture()
-            if self._view is not None and self._view.teacher is not None:
-                checks.refuse_trained_teacher(self._view)
-            with uninterrupted():
+        taught = self._view is not None and self._view.teacher
+        if taught:
+            engine.reshard(taught.modules)
+            checks.refuse_forward(taught.modules, "update the teacher")
+        plan = self._current_plan()
+        checks.refuse_capture()
+        if taught and self._view is not None:
+            checks.refuse_trained_teacher(self._view)
+        with uninterrupted():
+            if self._statistics:
                 self._forget_statistics()
-                engine.lerp(plan, 1.0 - keep)
-                if self._teacher is not None:  # which is read without asking
-                    plan.wait()
+            engine.lerp(plan, 1.0 - keep)
+            if taught:
+                plan.wait()  # it is read without asking
                 engine.copy(self._through)
                 engine.copy(self._follow)
-                history.tick(self._decay, dt)
-                self._moments.tick(keep, dt)
-                self._clock, self._updates, self._pending = clock, self._updates + 1, 0
+            history.tick(self._decay, dt)
+            self._moments.tick(keep, dt)
+            self._clock, self._updates, self._pending = clock, self._updates + 1, 0
 
     def _repeat(self) -> None:
         self._repeats += 1
@@ -732,7 +732,7 @@ class EMA:
         for name, home in mine.items():
             wide = torch.promote_types(home.tensor.dtype, _found(view, name).tensor.dtype)
             dtype = engine.average_dtype(wide, self._floor)
-            with _writing():
+            with engine.unrecorded():
                 self._averages[name] = home.tensor.detach().to(dtype)  # itself, if wide enough
             if home.tensor.dtype != dtype:
                 self._apart.add(name)
@@ -744,7 +744,7 @@ class EMA:
         tensors = {name: _trained(slot.tensor) for name, slot in slots.items()}
         checks.refuse_nonfinite(tensors)
         copies = {name: self._empty(tensor) for name, tensor in tensors.items()}
-        with _writing():
+        with engine.unrecorded():
             engine.copy(engine.Plan(list(copies.values()), list(tensors.values())))
         return copies
 
@@ -754,7 +754,7 @@ class EMA:
             name: torch.empty_like(averages[name]) if s.tensor.is_meta else self._empty(s.tensor)
             for name, s in slots.items()
         }
-        with _writing():
+        with engine.unrecorded():
             theirs = [engine.spread_like(averages[name], average) for name, average in mine.items()]
             plan = engine.Plan(list(mine.values()), theirs)
             with uninterrupted():
@@ -769,10 +769,11 @@ class EMA:
         return engine.empty_like(tensor, dtype, self._device)
 
     def _forget_statistics(self) -> None:
-        for name, average in self._underneath.items():
-            home = self._view.home(name) if self._view is not None else None
-            if home is not None:
-                home.tensor.copy_(average)
+        with engine.unrecorded():
+            for name, average in self._underneath.items():
+                home = self._view.home(name) if self._view is not None else None
+                if home is not None:
+                    home.tensor.copy_(average)
         self._statistics, self._underneath = {}, {}
 
     def _enter(self, block: object) -> dict[str, Tensor]:
@@ -790,7 +791,7 @@ class EMA:
         self._warn_of_nonfinite(stacklevel=5)
         values = self._values(view)
         slots = [slot for slot in view.tree.slots if slot.name in values]
-        with _writing():
+        with engine.unrecorded():
             plan = engine.Plan([s.tensor for s in slots], [values[s.name] for s in slots])
             aside = Aside(view.tree, slots)
             self._blocks.append(block)
@@ -804,7 +805,7 @@ class EMA:
 
         Returns what else had changed. What was begun and not finished is done again.
         """
-        with _lock, uninterrupted(), _writing():
+        with _lock, uninterrupted(), engine.unrecorded():
             if block in self._blocks:
                 self._blocks.remove(block)
             if self._blocks or self._aside is None:
@@ -916,14 +917,14 @@ class EMA:
             elif home is not None and name not in self._apart:
                 self._averages[name] = home.tensor.detach()
             elif home is None and not tensor.is_meta:
-                with _writing():
+                with engine.unrecorded():
                     here = engine.spread_like(average, tensor)
                     self._averages[name] = here.to(self._device or tensor.device)
 
     def _current_plan(self) -> engine.Plan:
         """Return the plan of the update, made anew where tensors were replaced or moved."""
         if self._plan is not None and self._view is not None:
-            plans = (self._plan, self._through, self._follow)
+            plans = (self._plan, self._through, self._follow) if self._teacher else (self._plan,)
             if _intact(self._view) and all(plan.current() for plan in plans):
                 return self._plan
             self._drop_plan()
@@ -939,11 +940,12 @@ class EMA:
             homes = {name: home.tensor for name in self._apart if (home := view.home(name))}
             # What was averaged stays so, also while it is frozen and a policy would let it follow.
             follow = [(a, b) for a, b in view.follow if a.name not in self._averages]
-            plans = (
-                engine.Plan(averages, [slot.tensor for slot in seen.values()]),
-                engine.Plan(list(homes.values()), [self._averages[name] for name in homes]),
-                engine.Plan([a.tensor for a, _ in follow], [b.tensor for _, b in follow]),
-            )
+            with engine.unrecorded():
+                plans = (
+                    engine.Plan(averages, [slot.tensor for slot in seen.values()]),
+                    engine.Plan(list(homes.values()), [self._averages[name] for name in homes]),
+                    engine.Plan([a.tensor for a, _ in follow], [b.tensor for _, b in follow]),
+                )
             self._plan, self._through, self._follow = plans
         return self._plan
 
@@ -1092,7 +1094,7 @@ def update_(teacher: nn.Module, student: nn.Module, decay: Constant | float = 0.
             f"the teacher is too narrow to be moved by small steps:{listed(narrow)}\n"
             "EMA(student, decay, into=teacher) keeps float32 averages and writes them through"
         )
-    with _writing():
+    with engine.unrecorded():
         plans = [
             engine.Plan([home.tensor for home in homes], [slot.tensor for _, slot in pairs]),
             engine.Plan([a.tensor for a, _ in view.follow], [b.tensor for _, b in view.follow]),
@@ -1142,13 +1144,6 @@ def _put_into_eval(teacher: nn.Module, student: nn.Module) -> None:
     teacher.eval()
     for module, training in modes:
         module.training = training
-
-
-@contextmanager
-def _writing() -> Iterator[None]:
-    """Write tensors outside of autograd, and ordinary ones also within inference mode."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
 
 
 def _refuse_applied(verb: str, tensors: set[int]) -> None:

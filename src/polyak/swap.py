@@ -10,12 +10,11 @@ from __future__ import annotations
 import importlib
 import signal
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from polyak import engine
@@ -39,7 +38,7 @@ class Aside:
         self._names = {id(t): slot.name for slot in tree.slots for _, _, t in slot.places}
         self._owners = {id(owner): (owner, list(owner)) for owner, _, _ in tree.links}
         chosen = {slot.name for slot in slots}
-        with torch.inference_mode(False), torch.no_grad():
+        with engine.unrecorded():
             self._seen = [slot.tensor.detach() for slot in tree.slots]
             self._kept = {
                 slot.name: seen.clone()
@@ -128,23 +127,36 @@ _SIGNALS = [
 ]
 
 
-@contextmanager
-def uninterrupted() -> Iterator[None]:
+def uninterrupted() -> AbstractContextManager[None]:
     """Hold back Ctrl-C, and other signals that the program handles, until the block is done."""
-    handlers: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        handlers = {number: _signal.getsignal(number) for number in _SIGNALS}
-        handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
-    pending: list[tuple[int, FrameType | None]] = []
-    try:
-        for number in handlers:
-            _signal.signal(number, lambda number, frame: pending.append((number, frame)))
-        yield
-    finally:
+    return _Held()
+
+
+class _Held(AbstractContextManager[None]):
+    """A class and not a generator, since every update enters one."""
+
+    def __enter__(self) -> None:
+        self._handlers: dict[int, Any] = {}
+        self._pending: list[tuple[int, FrameType | None]] = []
         try:
-            _put_back(list(handlers.items()))
+            if threading.current_thread() is threading.main_thread():
+                for number in _SIGNALS:
+                    handler = _signal.getsignal(number)
+                    if callable(handler):
+                        self._handlers[number] = handler
+                        _signal.signal(number, self._note)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            _put_back(list(self._handlers.items()))
         finally:
-            _deliver(handlers, pending)
+            _deliver(self._handlers, self._pending)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._pending.append((number, frame))
 
 
 def _put_back(handlers: list[tuple[int, Any]]) -> None:

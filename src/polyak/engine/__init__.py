@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from polyak.engine import cpu, cuda, foreach, host
+from polyak.engine.foreach import unrecorded
 from polyak.engine.shards import (
     break_off,
     copies,
@@ -33,13 +34,13 @@ from polyak.engine.shards import (
     loaded,
     local,
     movable,
-    parts,
     reshard,
     same_layout,
     spread_like,
     unsharded,
     whole,
 )
+from polyak.engine.watch import Watch
 
 __all__ = [
     "Plan",
@@ -66,6 +67,7 @@ __all__ = [
     "same",
     "same_layout",
     "spread_like",
+    "unrecorded",
     "unsharded",
     "whole",
     "write",
@@ -115,53 +117,26 @@ class Plan:
         for target, source in zip(targets, sources, strict=True):
             _refuse_mixture(target, source)
         self._paths = _PATHS if path is None else (path, foreach.Foreach)
-        self._watched = [*targets, *sources]
-        self._spread = any(map(is_sharded, self._watched))
-        # Held with their storages, so that no other tensor gets the memory that pointers lead to.
-        self._held = [t.detach() if t.requires_grad else t for t in parts(self._watched)]
-        pairs = zip(self._held[: len(targets)], self._held[len(targets) :], strict=True)
+        self._watch = Watch([*targets, *sources])
+        held = self._watch.held
+        pairs = zip(held[: len(targets)], held[len(targets) :], strict=True)
         self._pairs = [_real(target, source) for target, source in pairs]
-        # Of one dimension only the memory is watched: its shape shows when the model is walked.
-        self._several = [i for i, tensor in enumerate(self._held) if tensor.ndim > 1]
-        self._watched_several = [self._watched[i] for i in self._several]
-        self._storages = [tensor.untyped_storage() for tensor in self._held]
-        self._layouts = self._look(self._held, [self._held[i] for i in self._several])
         self._groups: list[Path] | None = None
+        self._behind: list[host.Host] = []  # those of them that go on beside the caller
 
     def current(self) -> bool:
         """Whether every tensor still has the memory and the layout it had in the beginning."""
-        here, several = self._watched, self._watched_several
-        try:
-            if self._spread:
-                here = parts(self._watched)
-                several = [here[i] for i in self._several]
-            return self._look(here, several) == self._layouts
-        except RuntimeError:  # moved to a device that does not tell
-            return False
-
-    def _look(self, tensors: Sequence[Tensor], several: Sequence[Tensor]) -> tuple[object, ...]:
-        """Return what tells whether tensors are where they were, `several` also as they were.
-
-        This is most of what an update costs beside its pass over memory, so that no more is asked
-        than what tells. Memory that is freed is at 0; what is given instead may be as before, but
-        for its size.
-        """
-        even = all(map(Tensor.is_contiguous, several))
-        strides = None if even else list(map(Tensor.stride, several))
-        sizes = list(map(torch.UntypedStorage.nbytes, self._storages))
-        return list(map(Tensor.data_ptr, tensors)), sizes, list(map(Tensor.numel, several)), strides
+        return self._watch.same()
 
     def read(self) -> None:
         """Wait until the sources may change. Raises what went wrong since the last call."""
-        for group in self._groups or ():
-            if isinstance(group, host.Host):
-                group.read()
+        for group in self._behind:
+            group.read()
 
     def wait(self) -> None:
         """Wait until all targets have moved. Raises what went wrong, each time."""
-        for group in self._groups or ():
-            if isinstance(group, host.Host):
-                group.wait()
+        for group in self._behind:
+            group.wait()
 
     @property
     def paths(self) -> list[str]:
@@ -181,6 +156,7 @@ class Plan:
     def _lerp_groups(self) -> list[Path]:
         if self._groups is None:
             self._groups = [path(*group) for path, *group in self._grouped()]
+            self._behind = [group for group in self._groups if isinstance(group, host.Host)]
         return self._groups
 
     def _grouped(self) -> Iterator[tuple[type[Path], list[Tensor], list[Tensor]]]:
@@ -215,8 +191,9 @@ def lerp(plan: Plan, weight: float | Tensor) -> None:
 
 def copy(plan: Plan) -> None:
     """Write each source into its target, cast to the target's dtype, finite or not."""
-    for _, targets, sources in plan._grouped():
-        torch._foreach_copy_(targets, sources)
+    with unrecorded():
+        for _, targets, sources in plan._grouped():
+            torch._foreach_copy_(targets, sources)
 
 
 def write(plan: Plan) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from polyak.engine.foreach import fills_alike
 
-__all__ = ["Cpu", "obstacle"]
+__all__ = ["Cpu", "Loops", "loops", "obstacle"]
 
 # As lerp.c numbers them: what is read, and what it is mixed into.
 _PAIRS = {
@@ -56,9 +56,9 @@ class Cpu:
         )
 
     def __init__(
-        self, targets: Sequence[Tensor], sources: Sequence[Tensor], loops: _Loops | None = None
+        self, targets: Sequence[Tensor], sources: Sequence[Tensor], own: Loops | None = None
     ) -> None:
-        found = loops or _loops()
+        found = own or loops()
         if isinstance(found, str):
             raise RuntimeError(f"there is no compiled loop: {found}; use the path foreach")
         self._loops = found
@@ -84,19 +84,34 @@ class Cpu:
         if share == 0.0:
             return
         self._job.weight, self._job.next = share, 0
+        # What autograd has saved of a target is about to change, which torch cannot see. This comes
+        # before the pass over memory, which drives these objects from the cache.
+        torch.autograd.graph.increment_version(self._versioned)
         helpers = min(torch.get_num_threads(), self._ends[-1] // _SHARE) - 1
         _helpers().run(self._work, helpers) if helpers > 0 else self._work()
-        # What autograd has saved of a target is no longer what it was, which torch cannot see.
-        torch.autograd.graph.increment_version(self._versioned)
 
     def _work(self) -> None:
         """Take pieces of the job until none is left. Other threads may do so at the same time."""
         self._loops.dll.polyak_lerp(ctypes.byref(self._job), self._loops.kind, self._pair)
 
 
+class Loops(NamedTuple):
+    """What lerp.c was compiled to, and the kind of loops in it that is right here."""
+
+    dll: ctypes.CDLL
+    kind: int
+
+
+def loops() -> Loops | str:
+    """Return the loops for this machine, or why there are none."""
+    if not _found:
+        _found.append(_search())
+    return _found[0]
+
+
 def obstacle() -> str:
     """Return why there are no loops for this machine; empty if there are."""
-    found = _loops()
+    found = loops()
     return found if isinstance(found, str) else ""
 
 
@@ -115,23 +130,11 @@ class _Job(ctypes.Structure):
     )
 
 
-class _Loops(NamedTuple):
-    dll: ctypes.CDLL
-    kind: int
-
-
-_found: list[_Loops | str] = []  # once looked for
+_found: list[Loops | str] = []  # once looked for
 _pools: dict[int, _Helpers] = {}  # process -> its threads: a fork has none of its parent's
 
 
-def _loops() -> _Loops | str:
-    """Return the loops for this machine, or why there are none."""
-    if not _found:
-        _found.append(_search())
-    return _found[0]
-
-
-def _search() -> _Loops | str:
+def _search() -> Loops | str:
     """Return the widest loops that run here and do what torch does, or what is in the way."""
     found = importlib.util.find_spec("polyak.engine._lerp")
     if found is None or found.origin is None:
@@ -141,15 +144,16 @@ def _search() -> _Loops | str:
         library.polyak_lerp.argtypes = [ctypes.POINTER(_Job), ctypes.c_int, ctypes.c_int]
         library.polyak_lerp.restype = None
         library.polyak_runs.argtypes = [ctypes.c_int]
+        library.polyak_same.argtypes = [*[ctypes.c_int64] * 2, *[ctypes.c_void_p] * 3, ctypes.c_int]
     except (OSError, AttributeError) as error:  # the latter is of another build
         return f"the compiled loops cannot be loaded: {error}"
     for kind in _KINDS:
-        if library.polyak_runs(kind) and _agrees(_Loops(library, kind)):
-            return _Loops(library, kind)
+        if library.polyak_runs(kind) and _agrees(Loops(library, kind)):
+            return Loops(library, kind)
     return f"no compiled loop rounds as torch does ({torch.backends.cpu.get_cpu_capability()})"
 
 
-def _agrees(loops: _Loops) -> bool:
+def _agrees(loops: Loops) -> bool:
     """Whether the loops do what `torch.lerp` does, bit for bit, on numbers that tell.
 
     Both forms (weight below one half and not), a vector's tail, and subnormal numbers.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from polyak.engine.foreach import fills_alike
+from polyak.engine.foreach import fills_alike, unrecorded
 
 __all__ = ["Cuda", "launch", "obstacle"]
 
@@ -175,7 +175,7 @@ def _agrees(device: torch.device, target: torch.dtype, source: torch.dtype) -> b
         exponents = torch.randint(-149, 128, (size,), **how)
         return torch.randn(size, **how) * torch.exp2(exponents)
 
-    with torch.inference_mode(False), torch.no_grad():
+    with unrecorded():
         targets = [values(2 * BLOCK + 3).to(device, target)[i:] for i in (0, 1)]
         sources = [values(2 * BLOCK + 3).to(device, source)[i:] for i in (0, 1)]
         for s in sources:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class Foreach:
     def __init__(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         device, dtype = targets[0].device, targets[0].dtype
         size = min(CHUNK.get(device.type, CHUNK_ACCELERATOR), sum(t.numel() for t in targets))
-        with torch.inference_mode(False):
+        with unrecorded():
             mixed, spare = torch.empty(2, size, dtype=dtype, device=device)
             self._finite = torch.empty(size, dtype=torch.bool, device=device)
             self._weight = torch.empty((), dtype=dtype, device=device)
@@ -52,19 +53,20 @@ class Foreach:
     def lerp(self, weight: Any) -> None:
         """Move the targets, chunk by chunk; the weight is a float or a 0-dim tensor."""
         known = not isinstance(weight, Tensor)
-        by: Any = weight if known else self._weight.copy_(weight)
-        if not known:
-            self._moves.copy_(torch.ne(by, 0.0, out=self._nonzero))
-        for chunk in self._chunks:
-            torch._foreach_copy_(chunk.mixed_views, chunk.targets)
-            if self._alike and known:  # a tensor it would read on the host
-                torch._foreach_lerp_(chunk.mixed_views, chunk.sources, by)
-            else:
-                torch._foreach_copy_(chunk.spare_views, chunk.sources)
-                torch.lerp(chunk.mixed, chunk.spare, by, out=chunk.mixed)
-            if not (self._cheap_to_read and self._all_finite(chunk.mixed)):
-                self._keep_old(chunk)
-            torch._foreach_copy_(chunk.targets, chunk.mixed_views)
+        with unrecorded():
+            by: Any = weight if known else self._weight.copy_(weight)
+            if not known:
+                self._moves.copy_(torch.ne(by, 0.0, out=self._nonzero))
+            for chunk in self._chunks:
+                torch._foreach_copy_(chunk.mixed_views, chunk.targets)
+                if self._alike and known:  # a tensor it would read on the host
+                    torch._foreach_lerp_(chunk.mixed_views, chunk.sources, by)
+                else:
+                    torch._foreach_copy_(chunk.spare_views, chunk.sources)
+                    torch.lerp(chunk.mixed, chunk.spare, by, out=chunk.mixed)
+                if not (self._cheap_to_read and self._all_finite(chunk.mixed)):
+                    self._keep_old(chunk)
+                torch._foreach_copy_(chunk.targets, chunk.mixed_views)
 
     def _all_finite(self, mixed: Tensor) -> bool:
         # A sum is not finite when an element is not. The reverse does not hold (it may overflow):
@@ -82,6 +84,13 @@ class Foreach:
         self.skipped.add_(self._count.mul_(self._moves))
         torch._foreach_copy_(chunk.spare_views, chunk.targets)
         torch.where(finite, chunk.mixed, chunk.spare, out=chunk.mixed)
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Write tensors outside of autograd, and ordinary ones also within inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class _Chunk:

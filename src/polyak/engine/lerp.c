@@ -185,3 +185,24 @@ PUBLIC void polyak_lerp(job *work, int kind, int source) {
     if (skipped)
         take(work->skipped, skipped);
 }
+
+/* Whether objects that hold pointers are, word for word, what they were; or, with `take`, note what
+ * they are. `places` has `objects` addresses for each of `count` things, one object leading to the
+ * next: no address is read before the object that leads to it is known to be the same. */
+PUBLIC int polyak_same(int64_t count, int64_t objects, const uint64_t *const *places,
+                       const int64_t *words, uint64_t *noted, int take) {
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t object = 0; object < objects; object++) {
+            const uint64_t *now = *places++;
+            uint64_t changed = 0;
+            for (int64_t word = 0; word < words[object]; word++) {
+                changed |= now[word] ^ noted[word];
+                if (take)
+                    noted[word] = now[word];
+            }
+            if (changed && !take)
+                return 0;
+            noted += words[object];
+        }
+    return 1;
+}

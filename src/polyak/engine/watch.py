@@ -1,0 +1,148 @@
+"""WATCH: whether tensors have the memory and the layout that they had.
+
+Asked before every update, of every tensor, so that this is most of what an update costs beside its
+pass over memory. torch's own answers (`data_ptr`, `nbytes`, ...) take a third of a microsecond a
+tensor, and more where other work has driven its objects from the cache. So first the bytes of these
+objects are compared, in C, with what they were (`polyak_same` in `lerp.c`): where none has changed,
+nothing has. Where one has, torch is asked. Which bytes matter is not documented, so before it is
+relied on for the first time it has to notice every way in which a tensor gets other memory.
+"""
+
+from __future__ import annotations
+
+import array
+import functools
+import itertools
+import struct
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polyak.engine import cpu
+from polyak.engine.shards import is_sharded, parts
+
+__all__ = ["Watch"]
+
+# Bytes that are compared of each tensor: of its Python object, which leads to torch's, those after
+# the type; of torch's object and its storage those after the counts of references. None has less.
+_WORD = 8
+_HEAD = 2 * _WORD
+_WORDS = array.array("q", (1, 20, 6))
+_MOST_DIMS = 5  # of more the sizes are elsewhere
+
+
+class Watch:
+    """What some tensors are like, to be compared with what they are later.
+
+    Attributes:
+        held: what each of them, or its part on this process, was: kept with its memory, so that no
+            other tensor gets the memory that pointers lead to.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = list(tensors)
+        self._spread = any(map(is_sharded, tensors))
+        self.held = [t.detach() if t.requires_grad else t for t in parts(tensors)]
+        # Of one dimension only the memory is watched: its shape shows when the model is walked.
+        self._several = [i for i, tensor in enumerate(self.held) if tensor.ndim > 1]
+        self._tensors_several = [self._tensors[i] for i in self._several]
+        self._storages = [tensor.untyped_storage() for tensor in self.held]
+        self._layouts = self._look(self.held, [self.held[i] for i in self._several])
+        self._bytes: _Bytes | None = None
+        self._take()
+
+    def same(self) -> bool:
+        """Whether every tensor still has the memory and the layout it had in the beginning."""
+        if self._bytes is not None and self._bytes.same():
+            return True
+        here, several = self._tensors, self._tensors_several
+        try:
+            if self._spread:
+                here = parts(self._tensors)
+                several = [here[i] for i in self._several]
+            same = self._look(here, several) == self._layouts
+        except RuntimeError:  # moved to a device that does not tell
+            return False
+        if same:
+            self._take()
+        return same
+
+    def _take(self) -> None:
+        loops = cpu.loops()
+        usual = not self._spread and all(tensor.ndim <= _MOST_DIMS for tensor in self.held)
+        if usual and self._tensors and not isinstance(loops, str) and _tells(loops):
+            self._bytes = _Bytes(self._tensors, self._storages, loops)
+
+    def _look(self, tensors: Sequence[Tensor], several: Sequence[Tensor]) -> tuple[object, ...]:
+        """Return what tells whether tensors are where they were, `several` also as they were.
+
+        Memory that is freed is at 0; what is given instead may be as before, but for its size.
+        """
+        even = all(map(Tensor.is_contiguous, several))
+        strides = None if even else list(map(Tensor.stride, several))
+        sizes = list(map(torch.UntypedStorage.nbytes, self._storages))
+        return list(map(Tensor.data_ptr, tensors)), sizes, list(map(Tensor.numel, several)), strides
+
+
+class _Bytes:
+    """The bytes of torch's objects, as they were."""
+
+    def __init__(
+        self, tensors: Sequence[Tensor], storages: Sequence[torch.UntypedStorage], loops: cpu.Loops
+    ) -> None:
+        self._held = tensors, storages  # an address is only good as long as what is there
+        places = [(id(t), t._cdata, s._cdata) for t, s in zip(tensors, storages, strict=True)]
+        self._places = array.array("Q", (at + _HEAD for at in itertools.chain(*places)))
+        self._noted = array.array("Q", bytes(_WORD * sum(_WORDS) * len(places)))
+        arrays = (self._places, _WORDS, self._noted)
+        counts = len(places), len(_WORDS)
+        self._run: Any = functools.partial(
+            loops.dll.polyak_same, *counts, *(each.buffer_info()[0] for each in arrays)
+        )
+        self._run(True)
+
+    def same(self) -> bool:
+        """Whether none of them has changed."""
+        return bool(self._run(False))
+
+
+@functools.cache
+def _tells(loops: cpu.Loops) -> bool:
+    """Whether the bytes that are compared tell everything that matters, on this torch."""
+    if sys.implementation.name != "cpython" or struct.calcsize("P") != _WORD:
+        return False
+
+    swap: Any = torch.utils.swap_tensors  # which has no types
+
+    def fresh() -> nn.Parameter:
+        return nn.Parameter(torch.zeros(3, 4, device="cpu"), requires_grad=False)
+
+    def other_data(tensor: Any) -> None:
+        tensor.data = fresh()
+
+    def other_dtype(tensor: Any) -> None:
+        tensor.data = fresh().double()
+
+    def notices(change: Callable[[Any], object]) -> bool:
+        tensor = fresh()
+        noted = _Bytes([tensor], [tensor.detach().untyped_storage()], loops)
+        before = noted.same()
+        change(tensor)
+        return before and not noted.same()
+
+    with torch.inference_mode(False), torch.no_grad():
+        changes: tuple[Callable[[Any], object], ...] = (
+            other_data,
+            other_dtype,
+            lambda tensor: swap(tensor, fresh()),
+            lambda tensor: tensor.set_(fresh()),
+            lambda tensor: tensor.t_(),
+            lambda tensor: tensor.resize_(12),
+            lambda tensor: tensor.as_strided_((3, 4), (4, 1), 0).as_strided_((3, 3), (4, 1), 1),
+            lambda tensor: tensor.untyped_storage().resize_(0),
+            lambda tensor: tensor.untyped_storage().resize_(1 << 12),
+        )
+        return all(map(notices, changes))
