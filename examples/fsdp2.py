@@ -129,6 +129,7 @@ def main(
             dcp.save(state, checkpoint_id=folder / f"{ema.clock:06}")
     ema.save(folder / "ema.safetensors")  # by all processes; the first one writes
     console.print(f"Wrote {folder / 'ema.safetensors'}: a plain Transformer() loads it.")
+    dist.barrier()  # gloo's threads let go of their tensors before Python ends
     dist.destroy_process_group()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+import json
 import logging
 import math
 import threading
@@ -41,7 +42,7 @@ from models import (
     tied,
     train,
 )
-from polyak import EMA, Cosine, Debiased, HalfLife, PowerLaw, everything, files
+from polyak import EMA, Cosine, Debiased, HalfLife, PowerLaw, engine, everything, files
 from polyak.decay import from_spec
 
 
@@ -636,16 +637,21 @@ def test_09_a_nan_never_enters_an_average(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------- 10: when to update
 
 
-@pytest.mark.parametrize("kind", ["unfused", "fused", "foreach"])
+@pytest.mark.parametrize("kind", ["unfused", "fused", "fused, far", "foreach"])
 @pytest.mark.parametrize("every", [1, 2])
-def test_10_steps_that_a_grad_scaler_skips_are_not_counted(kind: str, every: int) -> None:
+def test_10_steps_that_a_grad_scaler_skips_are_not_counted(
+    kind: str, every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With mixed precision the clock ran ahead of the training, by the steps that were skipped.
 
     `attach` counts the steps that changed the weights. Fused optimizers, too, whose hooks run on
-    skipped steps as well.
+    skipped steps as well, and where only an accelerator knows: there the weight of the update
+    becomes 0, and the clock is set right when the flag has arrived.
     """
     model = plain()
-    how = {} if kind == "unfused" else {kind: True}
+    if kind == "fused, far":
+        monkeypatch.setattr(engine, "is_near", lambda _: False)
+    how = {} if kind == "unfused" else {kind.removesuffix(", far"): True}
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01, **how)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     ema = EMA(model, 0.5)
@@ -674,6 +680,51 @@ def test_10_steps_that_a_grad_scaler_skips_are_not_counted(kind: str, every: int
     assert ema.report().updates == real // every
     for name, average in ema.averages.items():
         assert_close(average, expected[name], updates=10)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_10_nobody_sees_that_a_flag_comes_late(every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flag of a skipped step, read at once or later: the same bits, whoever asks, whenever."""
+    models_, emas, optimizers = [], [], []
+    for _ in range(2):
+        models_.append(plain())
+        optimizers.append(torch.optim.SGD(models_[-1].parameters(), lr=0.1, fused=True))
+        emas.append(EMA(models_[-1], Debiased(0.9)))
+        emas[-1].attach(optimizers[-1], every=every)
+    near, far = emas
+    generator = torch.Generator().manual_seed(0)
+    for step in range(60):
+        skipped = torch.rand((), generator=generator) < 0.3
+        for number, (model, optimizer) in enumerate(zip(models_, optimizers, strict=True)):
+            monkeypatch.setattr(engine, "is_near", lambda _, number=number: number == 0)
+            x, y = batch(step)
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.grad_scale, optimizer.found_inf = None, skipped.float()
+            optimizer.step()
+            optimizer.found_inf.zero_()  # its memory may be used for something else by now
+            del optimizer.grad_scale, optimizer.found_inf
+            optimizer.zero_grad()
+        ask = int(torch.randint(7, (), generator=generator))
+        if ask == 0:
+            assert far.clock == near.clock
+        elif ask == 1:
+            facts = [json.loads(ema.state_dict()["facts"]) for ema in emas]
+            for each in facts:
+                (each["history"] or {}).pop("run", None)
+            assert facts[0] == facts[1]
+        elif ask == 2:
+            assert str(far.report()) == str(near.report())
+        elif ask == 3:
+            assert len({ema.history and ema.history.ticks for ema in emas}) == 1
+        elif ask == 4:
+            far.load_state_dict(copy.deepcopy(far.state_dict()))
+        elif ask == 5:
+            with far.applied(), near.applied():
+                assert bit_identical(models_[1].state_dict(), models_[0].state_dict())
+        assert bit_identical(dict(far.averages), dict(near.averages))
+    assert repr(far) == repr(near)
+    far.reset()
+    assert far.clock == 0
 
 
 def test_10_gradient_accumulation_ticks_once_per_step() -> None:

@@ -21,7 +21,8 @@ class Attachment:
         optimizer: a `torch.optim.Optimizer`.
         parameters: gives the parameters of the model, some of which it has to step.
         before: called before each step; what it raises keeps the step from being made.
-        after: called after each step that changed the weights.
+        after: called after each step that may have changed the weights, with a number that says
+            whether it has not, or None where it is known to have.
 
     Raises:
         ValueError: it steps none of the parameters; also later, before a step.
@@ -33,7 +34,7 @@ class Attachment:
         *,
         parameters: Callable[[], Iterable[Tensor]],
         before: Callable[[], None],
-        after: Callable[[], None],
+        after: Callable[[Tensor | None], None],
     ) -> None:
         self._known = {id(parameter) for parameter in parameters()}
 
@@ -46,8 +47,8 @@ class Attachment:
             before()
 
         def counted(*_: object) -> None:
-            if not (_skipped(optimizer) or pretending_a_step()):
-                after()
+            if not pretending_a_step():
+                after(_skipped(optimizer))
 
         _refuse_foreign(optimizer, self._known)
         untraced: Any = torch.compiler.disable  # a compiled step would trace its hooks
@@ -97,11 +98,11 @@ def _refuse_foreign(optimizer: torch.optim.Optimizer, known: set[int]) -> None:
         )
 
 
-def _skipped(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the step that an optimizer just made changed nothing.
+def _skipped(optimizer: torch.optim.Optimizer) -> Tensor | None:
+    """Return what is not 0 if the step that an optimizer just made changed nothing.
 
     An unfused one is not called at all when GradScaler skips a step. A fused one is, with this
-    flag, and then changes nothing.
+    number, which may be on an accelerator, and then changes nothing.
     """
     found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
-    return found_inf is not None and bool(found_inf.item())
+    return found_inf

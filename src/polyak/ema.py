@@ -18,7 +18,7 @@ import threading
 import uuid
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from types import MappingProxyType
@@ -127,6 +127,7 @@ class EMA:
     _moments: Moments
     _clock: int
     _pending: int  # ticks of optimizer steps that no update has seen yet
+    _doubt: tuple[engine.Flag, Callable[[], None]] | None  # skipped? and what to note if not
     _updates: int
     _repeats: int
     _nonfinite: int
@@ -177,6 +178,7 @@ class EMA:
     @property
     def clock(self) -> int:
         """How far the average has come, in what the user counts: steps, images, tokens."""
+        self._learn()
         return self._clock
 
     @property
@@ -187,6 +189,7 @@ class EMA:
     @property
     def history(self) -> History | None:
         """A copy of which states it has seen, for `polyak.profile`; None before the first."""
+        self._learn()
         return copy.deepcopy(self._history)
 
     def update(self, t: int | None = None) -> None:
@@ -212,6 +215,7 @@ class EMA:
                 "update() would tick twice per step and halve the horizon. Delete the call, or "
                 "remove() the handle that attach returned"
             )
+        self._learn()
         next_clock = self._clock + self._pending + 1
         self._update(next_clock if t is None else checks.checked_clock(t))
         self._read()
@@ -240,10 +244,16 @@ class EMA:
         """
         every, tick = checks.positive("every", every), checks.positive("tick", tick)
 
-        def after() -> None:
-            self._pending += tick
-            if self._pending >= every * tick:
-                self._update(self._clock + self._pending)
+        def after(skipped: Tensor | None) -> None:
+            self._learn()
+            if skipped is not None and (engine.is_near(skipped) or not self._can_doubt()):
+                if skipped.item():
+                    return
+                skipped = None
+            pending = self._pending + tick
+            self._note(partial(self._wait_for_more, tick), skipped)
+            if pending >= every * tick:
+                self._update(self._clock + pending, skipped)
 
         def parameters() -> Iterator[nn.Parameter]:
             engine.reshard(list(self._model.modules()))
@@ -635,7 +645,7 @@ class EMA:
 
     def __repr__(self) -> str:
         seen = f"{len(self._averages)} averages" if self._averages else "no update yet"
-        return f"EMA({type(self._model).__name__}, {self._decay!r}, clock={self._clock}, {seen})"
+        return f"EMA({type(self._model).__name__}, {self._decay!r}, clock={self.clock}, {seen})"
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         raise TypeError(_NO_COPY)
@@ -645,7 +655,7 @@ class EMA:
 
     # -------------------------------------------------------------- the update, inside
 
-    def _update(self, clock: int) -> None:
+    def _update(self, clock: int, skipped: Tensor | None = None) -> None:
         if clock < self._clock:
             raise ValueError(
                 f"the clock stands at {self._clock} and cannot go back to {clock}; pass the number "
@@ -658,7 +668,7 @@ class EMA:
             elif clock == self._clock:
                 self._repeat()
             else:
-                self._advance(self._history, clock)
+                self._advance(self._history, clock, skipped)
 
     def _begin(self, clock: int) -> None:
         """See the weights for the first time: copy them."""
@@ -672,29 +682,57 @@ class EMA:
             self._dtypes = {name: slot.tensor.dtype for name, slot in view.average.items()}
             self._history = History(self._run, clock)
 
-    def _advance(self, history: History, clock: int) -> None:
-        self._settle()
+    def _advance(self, history: History, clock: int, skipped: Tensor | None) -> None:
+        self._finish()
         dt = clock - self._clock
         keep = self._decay.keep(clock, dt)
-        taught = self._view is not None and self._view.teacher
-        if taught:
-            engine.reshard(taught.modules)
-            checks.refuse_forward(taught.modules, "update the teacher")
+        teacher = self._view.teacher if self._view is not None else None
+        if teacher is not None:
+            engine.reshard(teacher.modules)
+            checks.refuse_forward(teacher.modules, "update the teacher")
         plan = self._current_plan()
         checks.refuse_capture()
-        if taught and self._view is not None:
+        if self._teacher is not None and self._view is not None:
             checks.refuse_trained_teacher(self._view)
         with uninterrupted():
             if self._statistics:
                 self._forget_statistics()
-            engine.lerp(plan, 1.0 - keep)
-            if taught:
+            weight = 1.0 - keep
+            engine.lerp(plan, weight if skipped is None else engine.weight_unless(skipped, weight))
+            if self._teacher is not None:
                 plan.wait()  # it is read without asking
                 engine.copy(self._through)
                 engine.copy(self._follow)
-            history.tick(self._decay, dt)
-            self._moments.tick(keep, dt)
-            self._clock, self._updates, self._pending = clock, self._updates + 1, 0
+            self._note(partial(self._moved, history, keep, dt), skipped)
+
+    def _moved(self, history: History, keep: float, dt: int) -> None:
+        """Note an update."""
+        history.tick(self._decay, dt)
+        self._moments.tick(keep, dt)
+        self._clock, self._updates, self._pending = self._clock + dt, self._updates + 1, 0
+
+    def _wait_for_more(self, tick: int) -> None:
+        """Note a step that no update follows yet."""
+        self._pending += tick
+
+    def _note(self, what: Callable[[], None], skipped: Tensor | None) -> None:
+        """Note what a step has come to; what only an accelerator knows yet, as soon as it tells."""
+        if skipped is None:
+            what()
+        else:
+            self._doubt = engine.Flag(skipped), what
+
+    def _can_doubt(self) -> bool:
+        """Whether an update that turns out to be none has changed nothing."""
+        return self._history is not None and self._teacher is None and not self._statistics
+
+    def _learn(self) -> None:
+        """Note the last step, if it was not known whether it was one."""
+        if self._doubt is not None:
+            with _lock, uninterrupted():
+                (skipped, note), self._doubt = self._doubt, None
+                if not skipped.read():
+                    note()
 
     def _repeat(self) -> None:
         self._repeats += 1
@@ -719,6 +757,7 @@ class EMA:
         self._through = self._follow = engine.Plan([], [])
         self._history = None
         self._moments = Moments()
+        self._doubt = None
         self._clock = self._pending = self._updates = self._repeats = 0
         self._nonfinite = self._nonfinite_told = 0
         self._repeats_told = self._dominance_told = False
@@ -839,6 +878,11 @@ class EMA:
         return handle
 
     def _settle(self) -> None:
+        """Let all that was begun be done and noted."""
+        self._learn()
+        self._finish()
+
+    def _finish(self) -> None:
         """Wait until the last update is done, if it still goes on; refuse what it broke."""
         try:
             if self._plan is not None:
@@ -978,6 +1022,7 @@ class EMA:
     # -------------------------------------------------------------- facts and warnings, inside
 
     def _facts(self) -> dict[str, Any]:
+        self._learn()
         return Facts(
             clock=self._clock,
             pending=self._pending,

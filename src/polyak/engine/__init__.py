@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from polyak.engine import cpu, cuda, foreach, host
+from polyak.engine.flag import Flag, is_near, weight_unless
 from polyak.engine.foreach import unrecorded
 from polyak.engine.shards import (
     break_off,
@@ -43,6 +44,7 @@ from polyak.engine.shards import (
 from polyak.engine.watch import Watch
 
 __all__ = [
+    "Flag",
     "Plan",
     "average_dtype",
     "break_off",
@@ -55,6 +57,7 @@ __all__ = [
     "is_dense",
     "is_floating",
     "is_freed",
+    "is_near",
     "is_sharded",
     "layout",
     "lerp",
@@ -69,6 +72,7 @@ __all__ = [
     "spread_like",
     "unrecorded",
     "unsharded",
+    "weight_unless",
     "whole",
     "write",
 ]

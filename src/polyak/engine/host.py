@@ -68,7 +68,7 @@ class Host:
             self._worker = ThreadPoolExecutor(1, thread_name_prefix="polyak-host")
         self._copied = threading.Event()
         self._link.begin()
-        self._job = self._worker.submit(self._run, weight, self._copied)
+        self._job = self._worker.submit(self._run, self._link.number(weight), self._copied)
 
     def read(self) -> None:
         """Wait until the sources may change. On an accelerator its stream waits, not the host.
@@ -106,7 +106,7 @@ class Host:
                     following = self._chunks[number + RING : number + RING + 1]
                     if not following:
                         copied.set()
-                    self._link.arrived(chunk)
+                    self._link.arrived(chunk)  # and the weight, which was sent before
                     for mixer in chunk.mixers:
                         mixer.lerp(float(weight))
                     for other in following:  # the buffer is free again
@@ -140,6 +140,10 @@ class _Link:
     def begin(self) -> None:
         """Let what comes see all that was queued before."""
 
+    def number(self, weight: float | Tensor) -> float | Tensor:
+        """Queue the copy of a number; return where it will be."""
+        return float(weight)
+
     def copy(self, chunk: _Chunk) -> None:
         """Queue the copies of a chunk."""
         torch._foreach_copy_(chunk.staged, chunk.sources)
@@ -161,6 +165,14 @@ class _Cuda(_Link):
 
     def begin(self) -> None:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
+
+    def number(self, weight: float | Tensor) -> float | Tensor:
+        if not isinstance(weight, Tensor):
+            return weight
+        with torch.cuda.stream(self._stream):
+            here = torch.empty((), dtype=weight.dtype, device="cpu", pin_memory=True)
+            weight.record_stream(self._stream)  # it may be let go before it is sent
+            return here.copy_(weight, non_blocking=True)
 
     def copy(self, chunk: _Chunk) -> None:
         with torch.cuda.stream(self._stream):

@@ -116,12 +116,17 @@ def _tells(loops: cpu.Loops) -> bool:
         return False
 
     swap: Any = torch.utils.swap_tensors  # which has no types
+    others: list[Tensor] = []
 
     def fresh() -> nn.Parameter:
         return nn.Parameter(torch.zeros(3, 4, device="cpu"), requires_grad=False)
 
     def other_data(tensor: Any) -> None:
         tensor.data = fresh()
+
+    def swapped(tensor: Tensor) -> None:
+        others.append(fresh())  # kept, so that what is noticed is not that memory was freed
+        swap(tensor, others[-1])
 
     def other_dtype(tensor: Any) -> None:
         tensor.data = fresh().double()
@@ -137,7 +142,7 @@ def _tells(loops: cpu.Loops) -> bool:
         changes: tuple[Callable[[Any], object], ...] = (
             other_data,
             other_dtype,
-            lambda tensor: swap(tensor, fresh()),
+            swapped,
             lambda tensor: tensor.set_(fresh()),
             lambda tensor: tensor.t_(),
             lambda tensor: tensor.resize_(12),
