@@ -84,6 +84,7 @@ def test_what_training_does_is_no_change(how: str) -> None:
     """Gradients, hooks, views, in-place writes, flags; and asking stays as cheap as it was."""
     held = tensors()
     seen = Watch(held)
+    assert seen.same()
     parameter = held[0]
     keep = []
     for action in (

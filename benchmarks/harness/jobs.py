@@ -105,12 +105,13 @@ def planned(quick: bool, models: Sequence[str], largest: int, chosen: Sequence[s
     jobs.append(Job("tensors", {"counts": counts, "effort": effort}))
     small = {"effort": (0.0, 2, 2), "width": 16, "layers": 1}
     jobs.append(Job("step", small if quick else {"effort": (5.0, 9, 9)}))
-    swapped = max(models, key=lambda model: elements(listed(model)))
-    for malloc in mallocs:
-        needs = FOUR_MODELS * elements(listed(swapped))
-        jobs.append(Job("swap", {"model": swapped, "effort": effort}, malloc, needs))
-    needs = FOUR_MODELS * elements(listed(swapped))
-    jobs.append(Job("memory", {"model": swapped}, needs_bytes=needs))
+    by_size = sorted(models, key=lambda model: elements(listed(model)))
+    for model in dict.fromkeys((by_size[0], by_size[-1])):
+        for malloc in mallocs:
+            needs = FOUR_MODELS * elements(listed(model))
+            jobs.append(Job("swap", {"model": model, "effort": effort}, malloc, needs))
+    needs = FOUR_MODELS * elements(listed(by_size[-1]))
+    jobs.append(Job("memory", {"model": by_size[-1]}, needs_bytes=needs))
     return [job for job in jobs if job.section in chosen]
 
 

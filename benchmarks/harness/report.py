@@ -38,7 +38,8 @@ def tables(results: Results) -> list[Table]:
         found += [share_of_limit(rows, dtype, malloc, threads) for dtype in DTYPES]
     found.append(overhead(rows))
     found += [size(rows, dtype) for dtype in DTYPES]
-    found += [step(rows), swap(rows)]
+    found.append(step(rows))
+    found += [swap(rows, model) for model in MODELS]
     found += [memory(rows, dtype) for dtype in DTYPES]
     found += [contenders(results), machine(results)]
     return [table for table in found if table.lines]
@@ -194,9 +195,9 @@ def step(rows: Sequence[Row]) -> Table:
     )
 
 
-def swap(rows: Sequence[Row]) -> Table:
+def swap(rows: Sequence[Row], model: str) -> Table:
     """Return what it takes to let a model hold its averages and its weights again."""
-    case = _of(rows, "swap")
+    case = _of(rows, "swap", model=model)
     mallocs = [m for m in MALLOC if any(row["malloc"] == m for row in case)]
     lines = []
     for name in _names(case):
@@ -208,10 +209,10 @@ def swap(rows: Sequence[Row]) -> Table:
         ]
         lines.append([name, *cells])
     return Table(
-        "`applied()` in and out against store, copy and restore; float32, one thread",
+        f"`applied()` in and out, store, copy and restore: {MODELS[model]}, float32, one thread",
         ["", *(text for m in mallocs for text in (f"ms, {_malloc(m)}", "time / ours"))],
         lines,
-        f"Tensors of {_largest(case)}. Who is not here evaluates a second module." if case else "",
+        "Who is not here evaluates a second module." if case else "",
     )
 
 

@@ -953,15 +953,15 @@ class EMA:
 
     def _place(self, view: View) -> None:
         """Let the averages be where their tensors are now: in the teacher, or beside the model."""
-        for name, average in self._averages.items():
-            tensor, home = _found(view, name).tensor, view.home(name)
-            self._dtypes.setdefault(name, tensor.dtype)
-            if home is not None and home.tensor.dtype != average.dtype:
-                self._apart.add(name)
-            elif home is not None and name not in self._apart:
-                self._averages[name] = home.tensor.detach()
-            elif home is None and not tensor.is_meta:
-                with engine.unrecorded():
+        with engine.unrecorded():
+            for name, average in self._averages.items():
+                tensor, home = _found(view, name).tensor, view.home(name)
+                self._dtypes.setdefault(name, tensor.dtype)
+                if home is not None and home.tensor.dtype != average.dtype:
+                    self._apart.add(name)
+                elif home is not None and name not in self._apart:
+                    self._averages[name] = home.tensor.detach()
+                elif home is None and not tensor.is_meta:
                     here = engine.spread_like(average, tensor)
                     self._averages[name] = here.to(self._device or tensor.device)
 

@@ -64,7 +64,7 @@ def parts(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 def local(tensor: Tensor) -> Tensor:
     """Return a view of the part of `tensor` that this process holds, outside of autograd."""
-    return parts([tensor])[0].detach()
+    return (parts([tensor])[0] if is_sharded(tensor) else tensor).detach()
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:

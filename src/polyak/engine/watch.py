@@ -51,8 +51,7 @@ class Watch:
         self._tensors_several = [self._tensors[i] for i in self._several]
         self._storages = [tensor.untyped_storage() for tensor in self.held]
         self._layouts = self._look(self.held, [self.held[i] for i in self._several])
-        self._bytes: _Bytes | None = None
-        self._take()
+        self._bytes: _Bytes | None = None  # not before somebody asks: many plans run once
 
     def same(self) -> bool:
         """Whether every tensor still has the memory and the layout it had in the beginning."""
