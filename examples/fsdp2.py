@@ -11,6 +11,7 @@ goes on from its last complete checkpoint, which any number of processes can loa
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -129,8 +130,10 @@ def main(
             dcp.save(state, checkpoint_id=folder / f"{ema.clock:06}")
     ema.save(folder / "ema.safetensors")  # by all processes; the first one writes
     console.print(f"Wrote {folder / 'ema.safetensors'}: a plain Transformer() loads it.")
-    dist.barrier()  # gloo's threads let go of their tensors before Python ends
     dist.destroy_process_group()
+    # Gloo's threads may still hold tensors of the last exchange; one that has to wait for Python
+    # while that ends aborts the process (torch 2.13).
+    time.sleep(0.2)
 
 
 if __name__ == "__main__":
