@@ -509,10 +509,39 @@ def test_threads_share_a_job() -> None:
 
 
 @pytest.fixture
-def three_threads() -> Any:
+def three_threads(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Threads of polyak's own, as where torch has no OpenMP runtime, and in a fork."""
+    monkeypatch.setattr(cpu, "_team", lambda: None)
     torch.set_num_threads(3)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.mark.skipif(not cpu._openmp(), reason="torch has another runtime, or none")
+def test_the_threads_of_torch_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as torch has, each of them, and none of polyak's own."""
+    torch.set_num_threads(3)
+    try:
+        t, s = torch.zeros(40 * cpu._SHARE), torch.ones(40 * cpu._SHARE)
+        group, asked = mixer([t], [s]), []
+        team = cpu._team()
+
+        def told(*arguments: Any) -> None:
+            asked.append(arguments[2])
+            team(*arguments)
+
+        monkeypatch.setattr(cpu, "_team", lambda: told)
+        before = {thread.name for thread in threading.enumerate()}
+        for _ in range(4):
+            group.lerp(0.5)
+            torch.rand(1 << 20).mul_(2.0)  # torch's own work in between
+        assert bool((t == 1 - 0.5**4).all())
+        assert asked == [3] * 4
+        assert {thread.name for thread in threading.enumerate()} == before
+        mixer([t[: cpu._SHARE]], [s[: cpu._SHARE]]).lerp(0.5)  # too small to be shared
+        assert asked == [3] * 4
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_as_many_threads_work_as_torch_has(
@@ -1317,7 +1346,7 @@ DRIVER = """
 static int kind, source;
 
 static void *help(void *work) {
-    polyak_lerp(work, kind, source);
+    polyak_lerp(work);
     return NULL;
 }
 
@@ -1345,7 +1374,7 @@ static int check(int64_t size, int64_t piece, double weight) {
         memcpy(expected[i] = malloc(bytes ? bytes : 1), targets[i], bytes);
         kept += loops[kind][source](expected[i], sources[i], sizes[i], weight);
     }
-    job work = {TENSORS, targets, sources, ends, piece, weight, &skipped, 0};
+    job work = {TENSORS, targets, sources, ends, piece, weight, &skipped, 0, kind, source};
     pthread_t helpers[2];
     for (int i = 0; i < 2; i++)
         pthread_create(&helpers[i], NULL, help, &work);
@@ -1363,9 +1392,9 @@ static int check(int64_t size, int64_t piece, double weight) {
 
 int main(void) {
     const int64_t sizes[] = {0, 1, 2, 7, 15, 16, 17, 33, 70, 4095, 4097}, pieces[] = {1, 7, 4096};
-    job nothing = {0, NULL, NULL, NULL, 1, 0.5, NULL, 0};
+    job nothing = {0, NULL, NULL, NULL, 1, 0.5, NULL, 0, 0, 0};
     int wrong = 0, done = 0;
-    polyak_lerp(&nothing, 0, 0);
+    polyak_lerp(&nothing);
     for (kind = 0; kind < 3; kind++)
         for (source = 0; source < 4 && polyak_runs(kind); source++)
             for (int i = 0; i < 11; i++)

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import array
 import ctypes
+import functools
 import importlib.util
 import itertools
 import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
@@ -75,8 +77,9 @@ class Cpu:
             ends=self._ends.buffer_info()[0],
             piece=_PIECE,
             skipped=self.skipped.data_ptr(),
+            kind=found.kind,
+            source=_PAIRS[targets[0].dtype, sources[0].dtype],
         )
-        self._pair = _PAIRS[targets[0].dtype, sources[0].dtype]
 
     def lerp(self, weight: float | Tensor) -> None:
         """Move the targets; the weight is a float or a 0-dim tensor."""
@@ -87,12 +90,18 @@ class Cpu:
         # What autograd has saved of a target is about to change, which torch cannot see. This comes
         # before the pass over memory, which drives these objects from the cache.
         torch.autograd.graph.increment_version(self._versioned)
-        helpers = min(torch.get_num_threads(), self._ends[-1] // _SHARE) - 1
-        _helpers().run(self._work, helpers) if helpers > 0 else self._work()
+        threads = torch.get_num_threads()
+        helpers = min(threads, self._ends[-1] // _SHARE) - 1
+        if helpers < 1:
+            self._work()
+        elif team := _team():
+            team(self._loops.dll.polyak_lerp, ctypes.byref(self._job), threads, 0)
+        else:
+            _helpers().run(self._work, helpers)
 
     def _work(self) -> None:
         """Take pieces of the job until none is left. Other threads may do so at the same time."""
-        self._loops.dll.polyak_lerp(ctypes.byref(self._job), self._loops.kind, self._pair)
+        self._loops.dll.polyak_lerp(ctypes.byref(self._job))
 
 
 class Loops(NamedTuple):
@@ -127,6 +136,8 @@ class _Job(ctypes.Structure):
         ("weight", ctypes.c_double),
         ("skipped", ctypes.c_void_p),
         ("next", ctypes.c_int64),
+        ("kind", ctypes.c_int32),
+        ("source", ctypes.c_int32),
     )
 
 
@@ -141,7 +152,7 @@ def _search() -> Loops | str:
         return "no compiler when polyak was installed"
     try:
         library = ctypes.CDLL(found.origin)
-        library.polyak_lerp.argtypes = [ctypes.POINTER(_Job), ctypes.c_int, ctypes.c_int]
+        library.polyak_lerp.argtypes = [ctypes.POINTER(_Job)]
         library.polyak_lerp.restype = None
         library.polyak_runs.argtypes = [ctypes.c_int]
         library.polyak_same.argtypes = [*[ctypes.c_int64] * 2, *[ctypes.c_void_p] * 3, ctypes.c_int]
@@ -170,6 +181,31 @@ def _agrees(loops: Loops) -> bool:
             if not torch.equal(before, expected):
                 return False
     return True
+
+
+_home = os.getpid()
+
+
+def _team() -> Any:
+    """Return what runs a C function in all threads of torch's OpenMP runtime, or None.
+
+    After an operation of torch, such as the step of an optimizer, these are awake for a while and
+    would keep other threads from their cores. A fork has lost them, and each thread of a program
+    would have as many of its own.
+    """
+    usual = os.getpid() == _home and threading.current_thread() is threading.main_thread()
+    return _openmp() if usual else None
+
+
+@functools.cache
+def _openmp() -> Any:
+    try:
+        # Of the runtime that torch itself is linked to: a symbol of a library is one of those that
+        # it needs, too.
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return library.GOMP_parallel
+    except (OSError, AttributeError):  # another system, another runtime
+        return None
 
 
 class _Helpers:

@@ -32,6 +32,8 @@ typedef struct {
     double weight;
     int64_t *skipped; /* counts elements that kept their value */
     int64_t next;     /* the first element that no thread has taken */
+    int32_t kind;     /* of the loops */
+    int32_t source;   /* 0 float, 1 bfloat16, 2 float16, 3 double; targets are float, or double */
 } job;
 
 INLINE float as_float(uint32_t bits) {
@@ -153,11 +155,11 @@ static int64_t take(int64_t *from, int64_t count) {
     return __atomic_fetch_add(from, count, __ATOMIC_RELAXED);
 }
 
-/* Take pieces of a job until none is left. `source`: 0 float, 1 bfloat16, 2 float16, 3 double;
- * targets are float, or double for double. */
-PUBLIC void polyak_lerp(job *work, int kind, int source) {
+/* Take pieces of a job until none is left. */
+PUBLIC void polyak_lerp(job *work) {
     static const int64_t target_bytes[4] = {4, 4, 4, 8}, source_bytes[4] = {4, 2, 2, 8};
-    const loop run = loops[kind][source];
+    const int source = work->source;
+    const loop run = loops[work->kind][source];
     const int64_t end = work->tensors ? work->ends[work->tensors - 1] : 0;
     int64_t skipped = 0;
     for (;;) {
