@@ -76,6 +76,7 @@ SURFACE = {
     "EMA.save": "(self, path: 'str | os.PathLike[str]', *, part: 'str' = '', "
     "dtype: 'torch.dtype | None' = None, averages_only: 'bool' = False, "
     "shard_bytes: 'int | None' = None) -> 'None'",
+    "EMA.start_from": "(self, averages: 'Mapping[str, Tensor]', clock: 'int') -> 'None'",
     "EMA.state_dict": "(self) -> 'dict[str, Any]'",
     "EMA.update": "(self, t: 'int | None' = None) -> 'None'",
     "After": "(start: 'int', inner: 'float | DecayLike') -> 'None'",

@@ -32,6 +32,14 @@ def positive(name: str, value: object) -> int:
     return number
 
 
+def nonnegative(name: str, value: object) -> int:
+    """Return a count of 0 or more."""
+    number = _integer(name, value)
+    if number < 0:
+        raise ValueError(f"{name} must be 0 or more, got {number}; pass how many there were so far")
+    return number
+
+
 def _integer(name: str, value: Any) -> int:
     try:
         if not isinstance(value, bool):

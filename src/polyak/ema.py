@@ -586,6 +586,54 @@ class EMA:
             self._updates, self._repeats = facts.updates, facts.repeats
             self._nonfinite = self._nonfinite_told = facts.nonfinite
 
+    def start_from(self, averages: Mapping[str, Tensor], clock: int) -> None:
+        """Go on from averages that something else has made: a peer's checkpoint, another run.
+
+        As if they were what was seen first, at that clock: the next update moves them by the decay,
+        and to `history` they are one state. Everything is checked before anything is written.
+
+        >>> from torch import nn; from polyak import EMA
+        >>> model = nn.Linear(2, 1)
+        >>> ema = EMA(model, 0.999)
+        >>> ema.start_from({"weight": torch.ones(1, 2), "bias": torch.zeros(1)}, clock=5000)
+        >>> ema.clock, ema.averages["weight"]
+        (5000, tensor([[1., 1.]]))
+
+        Args:
+            averages: by the model's names, such as `polyak.load_averages` returns; values of
+                tensors that are not averaged here are left out.
+            clock: how far they have come, in what this EMA counts.
+
+        Raises:
+            ValueError: a name is missing or unknown, a shape differs, or a value is not finite; all
+                are listed, and nothing has changed.
+            TypeError: the clock is no integer.
+            RuntimeError: the averages are applied at the moment.
+        """
+        clock = checks.nonnegative("clock", clock)
+        self._refuse_applied("start from other averages")
+        with suppress(RuntimeError):  # what is broken is about to be replaced
+            self._settle()
+        view = self._compared()
+        slots = {n: _found(view, n) for n in self._averages} or view.average
+        known = (view.teacher or view.tree).by_name
+        followers = {name for name, slot in known.items() if slot.name not in slots}
+        with engine.unrecorded():
+            wide = {
+                name: engine.widened(average)
+                for name, average in averages.items()
+                if name not in followers
+            }
+        taken = matched(wide, view, slots)
+        with _lock, uninterrupted():
+            self._take(slots, taken)
+            self._drop_plan()
+            self._broken = None
+            self._run += "/start"  # what it has seen so far is nobody else's
+            self._history, self._moments = History(self._run, clock, inherited=True), Moments()
+            self._clock, self._pending, self._updates, self._repeats = clock, 0, 0, 0
+            self._nonfinite = self._nonfinite_told = 0
+
     def report(self, group: ProcessGroup | None = None) -> Report:
         """Say how the average stands: its horizon, its distance to the weights, what it skipped.
 
@@ -1079,8 +1127,8 @@ class EMA:
         share = self._moments.first_share
         if share < _SHARE or share * self._updates <= 2.0 or self._dominance_told:
             return
-        if self._teacher is not None:  # it is meant to keep what it began with for a while
-            return
+        if self._history is not None and self._history.inherited:
+            return  # it is meant to keep what it began with for a while
         self._dominance_told = True
         warnings.warn(
             f"after {self._updates} updates the first weights seen still are {share:.0%} of this "

@@ -74,6 +74,7 @@ __all__ = [
     "unsharded",
     "weight_unless",
     "whole",
+    "widened",
     "write",
 ]
 
@@ -220,6 +221,11 @@ def average_dtype(dtype: torch.dtype, floor: torch.dtype = torch.float32) -> tor
         floor = floor.to_complex()
         return floor if dtype == torch.complex32 else torch.promote_types(dtype, floor)
     return floor if dtype.itemsize < floor.itemsize else torch.promote_types(dtype, floor)
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Return the tensor in the dtype in which it is averaged; itself if it has that."""
+    return tensor.to(average_dtype(tensor.dtype)) if is_floating(tensor) else tensor
 
 
 def empty_like(tensor: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
