@@ -12,6 +12,7 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -352,7 +353,7 @@ def test_all_facts_that_json_would_change_are_listed(path: Path) -> None:
 def test_a_header_that_safetensors_would_refuse(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "_LONGEST_HEADER_BYTES", 200)
+    monkeypatch.setattr(files, "LONGEST_HEADER_BYTES", 200)
     with pytest.raises(ValueError, match=r"take 1128 bytes, .* at most 200\. Shorten the facts"):
         files.write(path, {}, {"long": "x" * 1000})
     assert not path.exists()
@@ -833,6 +834,97 @@ def test_a_folder_that_is_there_is_not_written_into(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     files.write_sharded(tmp_path / "empty", {"x": torch.ones(3)}, 100)
     assert same(loaded(tmp_path / "empty"), {"x": torch.ones(3)})
+
+
+# What is put slice by slice
+
+PROMISED = {"a": files.Promise(torch.float32, (4,)), "b": files.Promise(torch.float32, (2, 3))}
+PROMISED |= {"c": files.Promise(torch.int16, (3,)), "none": files.Promise(torch.bool, (0, 2))}
+
+
+def write_slices(
+    path: Path,
+    shard_bytes: int | None,
+    slices: list[Tensor],
+    *,
+    ignore: tuple[type[Exception], ...] = (),
+    then: BaseException | None = None,
+) -> None:
+    with files.writing(path, PROMISED, None, shard_bytes) as put:
+        for elements in slices:
+            with suppress(*ignore):
+                put(elements)
+        if then is not None:
+            raise then
+
+
+@pytest.mark.parametrize("shard_bytes", [None, 1, 20, 10**6])
+def test_slices_of_any_length_make_the_same_file(tmp_path: Path, shard_bytes: int | None) -> None:
+    """As if each tensor had been written whole, tensors of no elements included."""
+    whole = {
+        name: filled(promise.dtype, tuple(promise.shape)) for name, promise in PROMISED.items()
+    }
+    for length in (1, 2, 3, 100):
+        with files.writing(tmp_path / f"{length}", PROMISED, {"clock": 3}, shard_bytes) as put:
+            for name in files.writing_order(PROMISED):
+                for part in whole[name].view(-1).split(length):
+                    if len(part):
+                        put(part)
+        if shard_bytes is None:
+            files.write(tmp_path / "whole", whole, {"clock": 3})
+            assert (tmp_path / f"{length}").read_bytes() == (tmp_path / "whole").read_bytes()
+            assert files.verify(tmp_path / f"{length}") == []
+        else:
+            assert same(loaded(tmp_path / f"{length}"), whole)
+
+
+@pytest.mark.parametrize("shard_bytes", [None, 1, 20, 10**6])
+@pytest.mark.parametrize(
+    ("puts", "what"),
+    [
+        ([torch.ones(4).double()], r"^4 elements of torch.float64 came where 4 of .*float32 .*'a'"),
+        ([torch.ones(5)], r"^5 elements of torch.float32 came where 4 of torch.float32 .*'a' were"),
+        ([torch.ones(3), torch.ones(2)], r"^2 elements of torch.float32 came where 1 of .*'a' wer"),
+        ([torch.ones(4), torch.ones(3).short()], r"^3 elements of torch.int16 .* 6 of .*'b' were"),
+        ([torch.ones(4), torch.ones(6)], r"of 1 tensors were not all put, 'c' the first of them"),
+        ([torch.ones(4), torch.ones(5)], r"tensors were not all put, 'b' the first of them; put"),
+        ([], r"tensors were not all put, 'a' the first of them; put as many as were promised"),
+        (
+            [torch.ones(4), torch.ones(6), torch.ones(3).short(), torch.ones(1)],
+            r"^1 elements of torch.float32 came after the last tensor was complete; promise them",
+        ),
+    ],
+)
+def test_what_is_not_as_promised_is_refused(
+    tmp_path: Path, puts: list[Tensor], what: str, shard_bytes: int | None
+) -> None:
+    """The wrong dtype, too many elements, too few of them, also where the error is ignored."""
+    with pytest.raises(ValueError, match=what):
+        write_slices(tmp_path / "x", shard_bytes, puts)
+    assert names_in(tmp_path) == []
+    if "came where" in what:
+        with pytest.raises(ValueError, match="were not all put"):
+            write_slices(tmp_path / "x", shard_bytes, puts, ignore=(ValueError,))
+        assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("shard_bytes", [None, 1, 20, 10**6])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_exception_while_slices_are_put_leaves_nothing(
+    tmp_path: Path, error: type[BaseException], shard_bytes: int | None
+) -> None:
+    for count in range(3):
+        slices = [torch.ones(4), torch.ones(6)][:count]
+        with pytest.raises(error):
+            write_slices(tmp_path / "x", shard_bytes, slices, then=error())
+        assert names_in(tmp_path) == []
+
+
+def test_facts_that_cannot_be_stored_are_refused_before_a_tensor_is_made(tmp_path: Path) -> None:
+    tensors = {"x": files.Lazy(torch.float32, (1,), lambda: pytest.fail("was read"))}
+    with pytest.raises(TypeError, match="cannot store the facts"):
+        files.write_sharded(tmp_path / "x", tensors, 1, {"clock": (1, 2)})
+    assert names_in(tmp_path) == []
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

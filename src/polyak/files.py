@@ -20,10 +20,11 @@ import platform
 import re
 import shutil
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeAlias
+from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeAlias
 
 import safetensors.torch
 import torch
@@ -32,7 +33,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
+    "CODES",
+    "LONGEST_HEADER_BYTES",
     "Lazy",
+    "Promise",
+    "Put",
     "atomic",
     "atomic_folder",
     "read",
@@ -40,11 +45,25 @@ __all__ = [
     "verify",
     "write",
     "write_sharded",
+    "writing",
     "writing_order",
 ]
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 StrPath: TypeAlias = "str | os.PathLike[str]"
+Put: TypeAlias = "Callable[[Tensor], object]"
+
+
+class Promise(NamedTuple):
+    """What is known of a tensor before it is written.
+
+    Args:
+        dtype: of its elements.
+        shape: of the whole tensor.
+    """
+
+    dtype: torch.dtype
+    shape: Sequence[int]
 
 
 class Lazy(NamedTuple):
@@ -90,16 +109,10 @@ def write(
         ValueError: a `Lazy` made another tensor than it promised, or the header gets too long.
         OSError: the path cannot be written.
     """
-    promised = _checked(tensors)
-    plain = _plain(facts or {})
-    checksums = dict.fromkeys(promised, 0)
-    draft = _header(promised, plain, checksums)
-    with atomic(path) as file:
-        file.write(draft)
-        for name, lazy in promised.items():
-            checksums[name] = _copy(file, name, lazy)
-        file.seek(0)
-        file.write(_header(promised, plain, checksums))
+    lazy = _checked(tensors)
+    with writing(path, lazy, facts) as put:
+        for name, tensor in lazy.items():
+            _put(put, name, tensor)
 
 
 def write_sharded(
@@ -131,34 +144,167 @@ def write_sharded(
     Raises:
         TypeError, ValueError, OSError: as `write`, and where there is a folder of that name.
     """
-    promised = _checked(tensors)
-    parts: list[dict[str, Lazy]] = []
+    lazy = _checked(tensors)
+    with writing(folder, lazy, facts, shard_bytes) as put:
+        for name, tensor in lazy.items():
+            _put(put, name, tensor)
+
+
+@contextmanager
+def writing(
+    path: StrPath,
+    promised: Mapping[str, Promise | Lazy],
+    facts: Mapping[str, JSON] | None = None,
+    shard_bytes: int | None = None,
+) -> Iterator[Put]:
+    """Open a file, or a folder of files, that is written slice by slice.
+
+    Yields `put`, which takes the elements of the tensors: one tensor after the other in the order
+    of `writing_order`, in slices of any length that end where a tensor ends. What is written
+    appears when the block ends, complete; after an exception nothing has changed.
+
+    >>> import tempfile
+    >>> import torch
+    >>> from polyak import files
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     promised = {"w": files.Promise(torch.float32, (3,))}
+    ...     with files.writing(f"{folder}/a.safetensors", promised) as put:
+    ...         put(torch.ones(2))
+    ...         put(torch.zeros(1))
+    ...     files.read(f"{folder}/a.safetensors")
+    {'w': tensor([1., 1., 0.])}
+
+    Args:
+        path: as for `write`, or with `shard_bytes` as for `write_sharded`.
+        promised: dtype and shape of each tensor.
+        facts: as for `write`.
+        shard_bytes: as for `write_sharded`; None writes one file.
+
+    Raises:
+        TypeError, OSError: as `write`.
+        ValueError: what was put is not what was promised.
+    """
+    ordered = {name: promised[name] for name in writing_order(promised)}
+    plain = _plain(facts or {})
+    if shard_bytes is None:
+        with _writing(path, ordered, plain) as put:
+            yield put
+        return
+    parts: list[dict[str, Promise | Lazy]] = []
     room = 0
-    for name, lazy in promised.items():
-        size = _bytes(lazy)
+    for name, promise in ordered.items():
+        size = _bytes(promise)
         if not parts or size > room:
             parts.append({})
             room = shard_bytes
-        parts[-1][name] = lazy
+        parts[-1][name] = promise
         room -= size
     names = [
         f"model-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)
     ]
     where = {name: file for file, part in zip(names, parts, strict=True) for name in part}
     index = {
-        "metadata": {"total_size": sum(map(_bytes, promised.values()))},
+        "metadata": {"total_size": sum(map(_bytes, ordered.values()))},
         "weight_map": dict(sorted(where.items())),
     }
-    with atomic_folder(folder) as inside:
-        for file_name, part in zip(names, parts, strict=True):
-            write(inside / file_name, part, facts)
+    with atomic_folder(path) as inside:
+        shards = {inside / name: part for name, part in zip(names, parts, strict=True)}
+        with _in_turn(shards, plain) as put:
+            yield put
         with atomic(inside / "model.safetensors.index.json") as file:
             file.write(json.dumps(index, indent=2).encode())
 
 
-def writing_order(tensors: Mapping[str, Tensor | Lazy]) -> list[str]:
-    """Return the names in the order in which `write` and `write_sharded` read the tensors."""
-    return list(_checked(tensors))
+@contextmanager
+def _writing(
+    path: StrPath, promised: Mapping[str, Promise | Lazy], facts: Mapping[str, JSON]
+) -> Iterator[Put]:
+    """Open one file, as `writing`."""
+    checksums = dict.fromkeys(promised, 0)
+    draft = _header(promised, facts, checksums)
+    left = deque((name, count) for name in promised if (count := _numel(promised[name])))
+    with atomic(path) as file:
+        file.write(draft)
+
+        def put(elements: Tensor) -> None:
+            if not left:
+                _refuse(elements)
+            name, count = left[0]
+            dtype = promised[name].dtype
+            if elements.dtype != dtype or elements.numel() > count:
+                raise ValueError(
+                    f"{elements.numel()} elements of {elements.dtype} came where {count} of "
+                    f"{dtype} of the tensor {name!r} were due; put them in the order of "
+                    "writing_order, in slices that end where a tensor ends"
+                )
+            for part in _slices(elements):
+                file.write(part)
+                checksums[name] = zlib.crc32(part, checksums[name])
+            left[0] = (name, count - elements.numel())
+            if not left[0][1]:
+                left.popleft()
+
+        yield put
+        if left:
+            raise ValueError(
+                f"the elements of {len(left)} tensors were not all put, {left[0][0]!r} the "
+                "first of them; put as many as were promised"
+            )
+        file.seek(0)
+        file.write(_header(promised, facts, checksums))
+
+
+@contextmanager
+def _in_turn(
+    shards: Mapping[Path, Mapping[str, Promise | Lazy]], facts: Mapping[str, JSON]
+) -> Iterator[Put]:
+    """Open files one after the other, each when the one before has all its elements."""
+    coming = deque(shards.items())
+    left = 0
+    with ExitStack() as current:
+        put_there: Put = _refuse
+
+        def put(elements: Tensor) -> None:
+            nonlocal left, put_there
+            while not left and coming:
+                current.close()
+                path, part = coming.popleft()
+                put_there = current.enter_context(_writing(path, part, facts))
+                left = sum(map(_numel, part.values()))
+            put_there(elements)
+            left -= elements.numel()
+
+        yield put
+    for path, part in coming:
+        with _writing(path, part, facts):
+            pass
+
+
+def _refuse(elements: Tensor) -> NoReturn:
+    raise ValueError(
+        f"{elements.numel()} elements of {elements.dtype} came after the last tensor was complete; "
+        "promise them, or leave them out"
+    )
+
+
+def writing_order(tensors: Mapping[str, Tensor | Lazy | Promise]) -> list[str]:
+    """Return the names in the order in which tensors are written, and asked for.
+
+    Wide dtypes come first, so that each tensor is aligned.
+
+    Raises:
+        TypeError: some names or tensors cannot be stored. All of them are listed.
+    """
+    reasons = {name: _name_fault(name) or _fault(value) for name, value in tensors.items()}
+    faults = [f"{name!r} ({reason})" for name, reason in reasons.items() if reason]
+    if faults:
+        raise TypeError(
+            f"cannot store {len(faults)} of the {len(tensors)} tensors: {', '.join(faults)}. "
+            "Pass dense tensors that hold data, under names that are text: x.to_dense() of a "
+            "sparse tensor, x.full_tensor() of a sharded one, torch.view_as_real(x) of a complex "
+            "one."
+        )
+    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
 
 
 def read(path: StrPath) -> dict[str, Tensor]:
@@ -344,7 +490,7 @@ def atomic_folder(path: StrPath) -> Iterator[Path]:
 
 # The header. Its own checksum comes first, so that it lies at the same place in every file.
 
-_CODES = {
+CODES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -367,11 +513,11 @@ _CODES = {
 _BLANK = b"00000000"
 _SEAL_START = 8 + len(r'{"__metadata__":{"polyak":"{\"crc32\":{\"header\":\"')
 _SEAL = slice(_SEAL_START, _SEAL_START + len(_BLANK))
-_LONGEST_HEADER_BYTES = 100_000_000  # safetensors refuses longer ones
+LONGEST_HEADER_BYTES = 100_000_000  # safetensors refuses longer ones
 
 
 def _header(
-    promised: Mapping[str, Lazy], facts: Mapping[str, JSON], checksums: Mapping[str, int]
+    promised: Mapping[str, Promise | Lazy], facts: Mapping[str, JSON], checksums: Mapping[str, int]
 ) -> bytes:
     """Return all that precedes the data. Its length does not depend on the checksums."""
     sums = {name: f"{checksum:08x}" for name, checksum in checksums.items()}
@@ -381,16 +527,16 @@ def _header(
     for name, lazy in promised.items():
         start, stop = stop, stop + _bytes(lazy)
         head[name] = {
-            "dtype": _CODES[lazy.dtype],
+            "dtype": CODES[lazy.dtype],
             "shape": list(lazy.shape),
             "data_offsets": [start, stop],
         }
     text = _compact(head).encode()
     text += b" " * (-len(text) % 8)
-    if len(text) > _LONGEST_HEADER_BYTES:
+    if len(text) > LONGEST_HEADER_BYTES:
         raise ValueError(
             f"names and facts take {len(text)} bytes, and safetensors reads headers of at most "
-            f"{_LONGEST_HEADER_BYTES}. Shorten the facts."
+            f"{LONGEST_HEADER_BYTES}. Shorten the facts."
         )
     header = bytearray(len(text).to_bytes(8, "little") + text)
     header[_SEAL] = _seal(header)
@@ -457,18 +603,8 @@ def _sheet_of(path: StrPath) -> dict[str, Any]:
 
 
 def _checked(tensors: Mapping[str, Tensor | Lazy]) -> dict[str, Lazy]:
-    """Return the tensors in the file's order: wide dtypes first, so that each one is aligned."""
-    reasons = {name: _name_fault(name) or _fault(value) for name, value in tensors.items()}
-    faults = [f"{name!r} ({reason})" for name, reason in reasons.items() if reason]
-    if faults:
-        raise TypeError(
-            f"cannot store {len(faults)} of the {len(tensors)} tensors: {', '.join(faults)}. "
-            "Pass dense tensors that hold data, under names that are text: x.to_dense() of a "
-            "sparse tensor, x.full_tensor() of a sharded one, torch.view_as_real(x) of a complex "
-            "one."
-        )
-    lazy = ((name, _lazy(value)) for name, value in tensors.items())
-    return dict(sorted(lazy, key=lambda item: (-item[1].dtype.itemsize, item[0])))
+    """Return the tensors in the file's order."""
+    return {name: _lazy(tensors[name]) for name in writing_order(tensors)}
 
 
 def _name_fault(name: str) -> str | None:
@@ -481,12 +617,12 @@ def _name_fault(name: str) -> str | None:
     return None
 
 
-def _fault(value: Tensor | Lazy) -> str | None:
-    if not isinstance(value, (Tensor, Lazy)):
+def _fault(value: Tensor | Lazy | Promise) -> str | None:
+    if not isinstance(value, (Tensor, Lazy, Promise)):
         return f"a {type(value).__name__}, not a tensor"
     if not _loads(value.dtype):
         return f"safetensors {safetensors.__version__} does not load {value.dtype}"
-    if isinstance(value, Lazy):
+    if not isinstance(value, Tensor):
         return None
     if is_traceable_wrapper_subclass(value):
         return f"a {type(value).__name__}, which wraps other tensors"
@@ -500,10 +636,10 @@ def _fault(value: Tensor | Lazy) -> str | None:
 @functools.cache
 def _loads(dtype: torch.dtype) -> bool:
     """Whether the installed safetensors loads a dtype, found out by loading one element of it."""
-    if dtype not in _CODES:
+    if dtype not in CODES:
         return False
     size = dtype.itemsize
-    entry = {"dtype": _CODES[dtype], "shape": [1], "data_offsets": [0, size]}
+    entry = {"dtype": CODES[dtype], "shape": [1], "data_offsets": [0, size]}
     head = _compact({"x": entry}).encode()
     try:
         safetensors.torch.load(len(head).to_bytes(8, "little") + head + bytes(size))
@@ -516,8 +652,12 @@ def _lazy(value: Tensor | Lazy) -> Lazy:
     return value if isinstance(value, Lazy) else Lazy(value.dtype, value.shape, lambda: value)
 
 
-def _bytes(lazy: Lazy) -> int:
-    return math.prod(lazy.shape) * lazy.dtype.itemsize
+def _numel(promise: Promise | Lazy) -> int:
+    return math.prod(promise.shape)
+
+
+def _bytes(promise: Promise | Lazy) -> int:
+    return _numel(promise) * promise.dtype.itemsize
 
 
 def _plain(facts: Mapping[str, JSON]) -> dict[str, JSON]:
@@ -542,8 +682,8 @@ def _survives(fact: JSON) -> bool:
 _SLICE_BYTES = 16 << 20
 
 
-def _copy(file: BinaryIO, name: str, lazy: Lazy) -> int:
-    """Write one tensor and return its checksum. On return the tensor is let go."""
+def _put(put: Put, name: str, lazy: Lazy) -> None:
+    """Put all elements of a tensor, which on return is let go."""
     tensor = lazy.read()
     fault = _fault(tensor)
     if not fault and (tensor.dtype, tuple(tensor.shape)) != (lazy.dtype, tuple(lazy.shape)):
@@ -554,11 +694,8 @@ def _copy(file: BinaryIO, name: str, lazy: Lazy) -> int:
             f"read() returned something else: {fault}. Give Lazy the dtype and shape of what "
             "read() returns."
         )
-    checksum = 0
-    for part in _slices(tensor):
-        file.write(part)
-        checksum = zlib.crc32(part, checksum)
-    return checksum
+    if tensor.numel():
+        put(tensor)
 
 
 def _slices(tensor: Tensor) -> Iterator[memoryview]:
