@@ -216,6 +216,73 @@ def test_uniform_is_uniform():
     assert tail[91:].tolist() == pytest.approx([0.1] * 10, rel=20 * EPS)
 
 
+@given(plans, plans, st.integers(1, 40))
+def test_inner_products_are_the_same_in_blocks_of_any_length(a, b, length):
+    histories = [recorded(a), recorded(b), recorded(b).until(b[0] + 100)]
+    whole = gram(histories)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(profile, "_BLOCK", length)
+        assert torch.allclose(gram(histories), whole, rtol=0, atol=TOLERANCE)
+
+
+@given(plans, st.integers(0, 300))
+def test_a_history_until_a_clock_is_what_it_was_then(plan, later):
+    origin, inherited, ticks = plan
+    history, then = recorded(plan), History("a run", origin, inherited)
+    for decay, dt, times in ticks:
+        for _ in range(times):
+            if then.clock + dt > origin + later:
+                break
+            then.tick(decay, dt)
+        else:
+            continue
+        break
+    cut = history.until(origin + later)
+    assert (cut.clock, cut.ticks) == (then.clock, then.ticks)
+    assert cut.to_dict()["segments"] == then.to_dict()["segments"]
+    assert cut.inherited == inherited
+    assert inner(cut, cut) == inner(then, then)
+    assert history == recorded(plan) or inherited, "it is left as it was"
+    assert history.until(history.clock) == history
+    cut.tick(0.5, 3)
+    then.tick(0.5, 3)
+    assert cut.to_dict()["segments"] == then.to_dict()["segments"]
+
+
+def test_a_history_that_began_later_was_not_there():
+    with pytest.raises(ValueError, match="began at the clock 7, so it was not there at 6: pass"):
+        History("a run", 7).until(6)
+
+
+@pytest.mark.parametrize("gap", [0, 1, 20])
+def test_histories_one_after_the_other(gap):
+    """The states of both; what lies between is one tick. Both are left as they were."""
+    first, second = History("a run", 5), History("a run", 35 + gap)
+    for _ in range(10):
+        first.tick(0.5, 3)
+        second.tick(Uniform(), 2)
+    before = [first.to_dict(), second.to_dict()]
+    joined = first.then(second)
+    clocks, shares = weights(joined.under(Uniform()))
+    expected = [*range(5, 36, 3), *([35 + gap] if gap else []), *range(37 + gap, 56 + gap, 2)]
+    assert clocks.tolist() == expected
+    assert shares[0] == pytest.approx(5 / (55 + gap))
+    assert (joined.clock, joined.ticks) == (55 + gap, 20 + bool(gap))
+    joined.tick(Uniform(), 2)
+    assert [first.to_dict(), second.to_dict()] == before
+    assert History("a run", 5).then(second).ticks == 11
+
+
+@pytest.mark.parametrize(
+    "later", [History("a run", 2), History("another", 9), History("a run", 9, inherited=True)]
+)
+def test_histories_that_do_not_follow_one_another_are_refused(later):
+    first = History("a run")
+    first.tick(0.5, 3)
+    with pytest.raises(ValueError, match=r"does not go on where .* ends: pass a history of the sa"):
+        first.then(later)
+
+
 @pytest.mark.parametrize(("std_a", "std_b"), [(0.05, 0.10), (0.10, 0.10), (0.2, 0.05)])
 @pytest.mark.parametrize(("share_a", "share_b"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.8)])
 def test_inner_products_tend_to_the_integral(std_a, std_b, share_a, share_b):
@@ -632,6 +699,28 @@ def test_capped_snapshots_would_not_share_them_by_their_clocks_alone(capped, mon
     histories, exact = capped
     monkeypatch.setattr(profile, "_aligned", lambda histories: histories)
     assert gram(histories)[0, 2] < 0.5 * exact[0, 2]
+
+
+def test_a_capped_history_until_a_clock_is_nearly_what_it_was_then(capped):
+    """Between the knots it is the even one; what both have seen, they share."""
+    histories, exact = capped
+    whole, lengths = histories[2], jittered(20000, 90, 110)
+    clocks = true_clocks(lengths)
+    for ticks in (4321, 13000, 19999):
+        cut = whole.until(clocks[ticks].item())
+        assert cut.clock <= clocks[ticks]
+        assert abs(cut.clock - clocks[ticks]) <= cut.shift + 110
+        assert cut.shift <= whole.shift + 1
+        # A tick of 100 is off by at most the shift, in number too.
+        assert abs(cut.ticks - ticks) <= cut.shift / 90 + 1
+        again = whole.under(PowerLaw(0.1)).until(cut.clock)
+        assert inner(cut, whole) == pytest.approx(inner(again, whole), rel=1e-12)
+        # What is left of the earlier one in the later one: the keeps, telescoped.
+        survives = (cut.clock / whole.clock) ** (PowerLaw(0.1).exponent + 1)
+        products = gram([cut, whole])
+        assert products[0, 1].item() == pytest.approx(survives * products[0, 0].item(), rel=1e-9)
+    same = whole.until(clocks[13000].item())
+    assert inner(same, whole) == pytest.approx(exact[1, 2].item(), rel=0.02)
 
 
 def test_a_capped_history_goes_on_after_a_resume():

@@ -13,12 +13,13 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from polyak.decay import Decay, DecayLike, Spec, as_decay, from_spec, to_spec
+from polyak.decay import Constant, Decay, DecayLike, Spec, as_decay, from_spec, to_spec
 
 __all__ = [
     "History",
@@ -99,6 +100,17 @@ class _Segment:
     decay: Decay | None
     runs: list[list[int]] = field(default_factory=list)
 
+    def known(self) -> Decay:
+        """Return the decay, unless it was somebody else's and is not there any more."""
+        if self.decay is None:
+            raise ValueError(
+                "the profile of this average is unknown: its decay "
+                f"{self.spec.get('repr', '?')} was an object of the program that recorded it. "
+                "Ask for the profile there, before the state is saved, or use a decay of "
+                "polyak.decay"
+            )
+        return self.decay
+
 
 class History:
     """Which states an average has seen, and under which decays: run-length encoded ticks.
@@ -158,6 +170,11 @@ class History:
         return self._ticks
 
     @property
+    def opaque(self) -> list[str]:
+        """The decays that are not known any more, as text: objects of another program."""
+        return [str(s.spec.get("repr", "?")) for s in self._segments if s.decay is None]
+
+    @property
     def shift(self) -> float:
         """The most that any state's clock is off, in units of the clock; 0 unless capped."""
         return float(max((run[2] for s in self._segments for run in s.runs), default=0))
@@ -198,6 +215,78 @@ class History:
         decay = as_decay(decay)
         runs = [run for segment in self._segments for run in segment.runs]
         return self._with([_Segment(to_spec(decay), decay, runs)] if runs else [])
+
+    def until(self, clock: int) -> History:
+        """Return what the history was at an earlier clock, or at the last tick before it.
+
+        >>> history = History("a run")
+        >>> for _ in range(3):
+        ...     history.tick(0.5, 10)
+        >>> history.until(25)
+        History(run='a run', origin=0, clock=20, ticks=2)
+
+        Args:
+            clock: an integer >= the origin; a later one than the newest changes nothing.
+
+        Raises:
+            ValueError: the average began after that clock.
+        """
+        if clock < self.origin:
+            raise ValueError(
+                f"this average began at the clock {self.origin}, so it was not there at {clock}: "
+                "pass a later clock"
+            )
+        begin, segments = self.origin, []
+        for segment in self._segments:
+            runs = []
+            for count, total, shift in segment.runs:
+                ticks = min(_ticks(count, total, clock - begin), count)
+                if ticks == count:
+                    runs.append([count, total, shift])
+                elif ticks > 0:
+                    # Evenly spaced anew, where the ticks differ: by less than 1.
+                    length = ticks * total // count
+                    runs.append([ticks, length, shift + (total % count != 0)])
+                begin += total
+            if runs:
+                segments.append(_Segment(segment.spec, segment.decay, runs))
+        cut = self._with(segments)
+        runs = [run for segment in segments for run in segment.runs]
+        cut._ticks = sum(run[0] for run in runs)
+        cut._clock = self.origin + sum(run[1] for run in runs)
+        return cut
+
+    def then(self, later: History) -> History:
+        """Return the history of one average that went on where another one began.
+
+        Where there is a gap between the two, one tick bridges it.
+
+        >>> first, second = History("a run"), History("a run", origin=2)
+        >>> first.tick(0.5, 2)
+        >>> second.tick(0.9, 1)
+        >>> first.then(second)
+        History(run='a run', origin=0, clock=3, ticks=2)
+
+        Args:
+            later: begins where this history ends, or later.
+
+        Raises:
+            ValueError: it begins earlier, or with what is no state of the same run.
+        """
+        gap = later.origin - self.clock
+        if gap < 0 or later.inherited or later.run != self.run:
+            raise ValueError(
+                f"{later!r} does not go on where {self!r} ends: pass a history of the same run "
+                "that begins there, with a state of that run"
+            )
+        joined = self._with(self._segments)
+        if gap:
+            joined.tick(self._decay or Constant(0.0), gap)
+        joined._segments += later._with(later._segments)._segments
+        joined._ticks += later.ticks
+        joined._clock += later.clock - later.origin
+        joined._live()
+        return joined
 
     def to_dict(self) -> dict[str, Any]:
         """Return the history as plain JSON values, independent of later ticks."""
@@ -352,25 +441,14 @@ def weights(history: History) -> tuple[Tensor, Tensor]:
     clocks, kept = [torch.tensor([history.origin])], [torch.zeros(1, dtype=torch.float64)]
     clock = history.origin
     for segment in history._segments:
-        if segment.decay is None:
-            raise ValueError(
-                "the profile of this average is unknown: its decay "
-                f"{segment.spec.get('repr', '?')} was an object of the program that recorded it. "
-                "Ask for the profile there, before the state is saved, or use a decay of "
-                "polyak.decay"
-            )
-        times = [torch.tensor([clock])]
+        decay, times = segment.known(), [torch.tensor([clock])]
         for count, total, _ in segment.runs:
-            times.append(clock + _spread(count, total))
+            times.append(clock + _spread(count, total)[1:])
             clock += total
         both = torch.cat(times)
         clocks.append(both[1:])
-        kept.append(segment.decay.keep(both[1:], torch.diff(both)))
-    keep = torch.cat(kept)
-    # What survives of each state: the product of all keeps after it.
-    survives = torch.ones_like(keep)
-    torch.cumprod(keep.flip(0)[:-1], 0, out=survives[1:])
-    return torch.cat(clocks), (1 - keep) * survives.flip(0)
+        kept.append(decay.keep(both[1:], torch.diff(both)))
+    return torch.cat(clocks), _shares(torch.cat(kept))[0]
 
 
 def moments(history: History) -> Moments:
@@ -446,32 +524,139 @@ def gram(histories: Sequence[History]) -> Tensor:
     Raises:
         ValueError: as for `weights`, or histories were capped that saw different ticks.
     """
-    profiles = [weights(history) for history in _aligned(histories)]
-    products = torch.zeros(len(histories), len(histories), dtype=torch.float64)
-    for i, a in enumerate(histories):
-        for j, b in enumerate(histories[: i + 1]):
-            products[i, j] = products[j, i] = _product(a, *profiles[i], b, *profiles[j])
+    # A block of the clock at a time. Averages that saw the same ticks in it under the same decay,
+    # such as the snapshots of one, differ there by a factor: each block is computed once for them.
+    count = len(histories)
+    products = torch.zeros(count, count, dtype=torch.float64)
+    starts = torch.ones(count, dtype=torch.float64)
+    decays: list[Decay] = []
+    tracks = [_Track(history, decays) for history in _aligned(histories)]
+    for low, high in _blocks(histories):
+        blocks = [track.block(low, high) for track in tracks]
+        distinct = list(dict.fromkeys(blocks))
+        profiles = [_profile(block, decays) for block in distinct]
+        local = torch.zeros(len(distinct), len(distinct), dtype=torch.float64)
+        for i, a in enumerate(distinct):
+            for j, b in enumerate(distinct[: i + 1]):
+                if a.run == b.run:
+                    local[i, j] = local[j, i] = _product(*profiles[i][:2], *profiles[j][:2])
+        number = {block: i for i, block in enumerate(distinct)}
+        which = torch.tensor([number[block] for block in blocks])
+        survives = torch.tensor([profile[2] for profile in profiles], dtype=torch.float64)[which]
+        products = torch.outer(survives, survives) * products + local[which][:, which]
+        starts *= survives
+    for i, first in enumerate(histories):
+        for j, second in enumerate(histories):
+            if first.inherited and first._start == second._start:
+                products[i, j] += starts[i] * starts[j]
     return products
 
 
-def _product(
-    a: History, clocks_a: Tensor, shares_a: Tensor, b: History, clocks_b: Tensor, shares_b: Tensor
-) -> float:
-    product = 0.0
-    if a.inherited and a._start == b._start:
-        product += (shares_a[0] * shares_b[0]).item()
-    clocks_a, shares_a = clocks_a[a.inherited :], shares_a[a.inherited :]
-    clocks_b, shares_b = clocks_b[b.inherited :], shares_b[b.inherited :]
-    if a.run == b.run:
-        n = min(len(clocks_a), len(clocks_b))
-        if torch.equal(clocks_a[:n], clocks_b[:n]):  # the same ticks so far: no search
-            both_a, both_b = shares_a[:n], shares_b[:n]
-        else:
-            at = torch.searchsorted(clocks_b, clocks_a).clamp_(max=len(clocks_b) - 1)
-            same = clocks_b[at] == clocks_a
-            both_a, both_b = shares_a[same], shares_b[at[same]]
-        product += torch.dot(both_a, both_b).item()
-    return product
+_BLOCK = 1 << 20  # ticks
+
+
+class _Piece(NamedTuple):
+    """Ticks of a run, those numbered first + 1 to last, under a decay, which is numbered too."""
+
+    decay: int
+    begin: int
+    ticks: int
+    total: int
+    first: int
+    last: int
+
+
+class _Block(NamedTuple):
+    """What an average saw in a stretch of the clock; equal for all that saw it alike."""
+
+    run: str
+    origin: int | None  # the state of the run that it began with, if in this block
+    pieces: tuple[_Piece, ...]
+
+
+class _Track:
+    """The runs of a history, found by their clocks.
+
+    Args:
+        history: as it is now.
+        decays: gets the decays that are not in it yet.
+    """
+
+    def __init__(self, history: History, decays: list[Decay]) -> None:
+        self._run = history.run
+        self._origin = None if history.inherited else history.origin
+        self._runs: list[tuple[int, int, int, int]] = []
+        clock = history.origin
+        for segment in history._segments:
+            decay = segment.known()
+            if decay not in decays:
+                decays.append(decay)
+            for count, total, _ in segment.runs:
+                self._runs.append((decays.index(decay), clock, count, total))
+                clock += total
+        self._ends = [begin + total for _, begin, _, total in self._runs]
+
+    def block(self, low: int, high: int) -> _Block:
+        """Return what was seen after low, up to high."""
+        pieces = []
+        for decay, begin, count, total in self._runs[bisect.bisect_right(self._ends, low) :]:
+            if begin >= high:
+                break
+            first = max(_ticks(count, total, low - begin), 0)
+            last = min(_ticks(count, total, high - begin), count)
+            step, rest = divmod(total, count)
+            if last > first and rest:
+                pieces.append(_Piece(decay, begin, count, total, first, last))
+            elif last > first:
+                # Wherever the run goes on to, and however it began.
+                begin, count = begin + first * step, last - first
+                pieces.append(_Piece(decay, begin, count, count * step, 0, count))
+        began = self._origin is not None and low < self._origin <= high
+        return _Block(self._run, self._origin if began else None, tuple(pieces))
+
+
+def _blocks(histories: Sequence[History]) -> list[tuple[int, int]]:
+    """Return the stretches of the clock from one newest state to the next, long ones in parts."""
+    clocks = sorted({history.clock for history in histories})
+    most = max((history.ticks for history in histories), default=0)
+    blocks, low = [], -1
+    for high in clocks:
+        parts = -(-min(most, high - low) // _BLOCK) or 1
+        cuts = [low + (high - low) * part // parts for part in range(parts + 1)]
+        blocks += list(pairwise(cuts))
+        low = high
+    return blocks
+
+
+def _profile(block: _Block, decays: Sequence[Decay]) -> tuple[Tensor, Tensor, float]:
+    """Return the clocks of a block's states, their shares at its end, and what survives it."""
+    clocks, kept = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.float64)]
+    if block.origin is not None:
+        clocks.append(torch.tensor([block.origin]))
+        kept.append(torch.zeros(1, dtype=torch.float64))
+    for decay, begin, count, total, first, last in block.pieces:
+        times = begin + _spread(count, total, first, last)
+        clocks.append(times[1:])
+        kept.append(decays[decay].keep(times[1:], torch.diff(times)))
+    shares, survives = _shares(torch.cat(kept))
+    return torch.cat(clocks), shares, survives
+
+
+def _shares(keep: Tensor) -> tuple[Tensor, float]:
+    """Return the share of each state from what the ticks keep, and what all of them keep."""
+    after = torch.ones(len(keep) + 1, dtype=torch.float64)
+    torch.cumprod(keep.flip(0), 0, out=after[1:])
+    return (1 - keep) * after[:-1].flip(0), after[-1].item()
+
+
+def _product(clocks_a: Tensor, shares_a: Tensor, clocks_b: Tensor, shares_b: Tensor) -> float:
+    """Return the sum of p_a p_b over the clocks that are in both, which ascend."""
+    n = min(len(clocks_a), len(clocks_b))
+    if torch.equal(clocks_a[:n], clocks_b[:n]):  # the same ticks so far: no search
+        return torch.dot(shares_a[:n], shares_b[:n]).item()
+    at = torch.searchsorted(clocks_b, clocks_a).clamp_(max=len(clocks_b) - 1)
+    same = clocks_b[at] == clocks_a
+    return torch.dot(shares_a[same], shares_b[at[same]]).item()
 
 
 def _aligned(histories: Sequence[History]) -> Sequence[History]:
@@ -579,11 +764,16 @@ def _step(run: list[int]) -> int:
     return total // count if count and not shift else 0
 
 
-def _spread(count: int, total: int) -> Tensor:
-    """Return the clocks of a run that begins at 0: total i / count, rounded down, i = 1..count."""
-    index = torch.arange(1, count + 1)
+def _spread(count: int, total: int, first: int = 0, last: int | None = None) -> Tensor:
+    """Return clocks of a run that begins at 0: total i / count, rounded down, i = first..last."""
+    index = torch.arange(first, (count if last is None else last) + 1)
     whole, rest = divmod(total, count)
-    return index * whole + rest * index // count
+    return index * whole + rest * index // count if rest else index * whole
+
+
+def _ticks(count: int, total: int, length: int) -> int:
+    """Return the largest i for which total i / count, rounded down, is at most a length."""
+    return ((length + 1) * count - 1) // total
 
 
 def _whole(value: Any, least: int) -> int:
