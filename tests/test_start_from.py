@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from models import bit_identical, convolutional, plain, walk_
+from models import bit_identical, convolutional, plain, tied, walk_
 from polyak import EMA, Debiased, PowerLaw, parameters
 
 
@@ -132,3 +132,15 @@ def test_parameters_alone_are_enough_for_a_policy_of_parameters() -> None:
     whole = EMA(model, 0.5)
     whole.start_from(dict(model.state_dict()) | loaded, 1)
     assert set(whole.averages) > set(loaded)
+
+
+def test_a_tied_tensor_may_come_under_each_of_its_names() -> None:
+    """As files have it; two values for one tensor are refused."""
+    model = tied()
+    state = {name: value + 1 for name, value in model.state_dict().items()}
+    ema = EMA(model, 0.5)
+    ema.start_from(state, 1)
+    assert torch.equal(ema.averages["encoder.weight"], state["decoder.weight"])
+    state["decoder.weight"] = state["decoder.weight"] + 1
+    with pytest.raises(ValueError, match=r"decoder.weight: another average of encoder.weight"):
+        ema.start_from(state, 1)

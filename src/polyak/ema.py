@@ -617,13 +617,14 @@ class EMA:
         view = self._compared()
         slots = {n: _found(view, n) for n in self._averages} or view.average
         known = (view.teacher or view.tree).by_name
-        followers = {name for name, slot in known.items() if slot.name not in slots}
+        wide: dict[str, Tensor] = {}
         with engine.unrecorded():
-            wide = {
-                name: engine.widened(average)
-                for name, average in averages.items()
-                if name not in followers
-            }
+            for given, average in averages.items():
+                name = known[given].name if given in known else given
+                if given in known and name not in slots:
+                    continue  # what follows the model
+                tied = name in wide and torch.equal(wide[name], engine.widened(average))
+                wide[given if name in wide and not tied else name] = engine.widened(average)
         taken = matched(wide, view, slots)
         with _lock, uninterrupted():
             self._take(slots, taken)

@@ -9,9 +9,9 @@ whether they are numbers, and which are one.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,17 +26,29 @@ __all__ = [
     "Tree",
     "Verdict",
     "View",
+    "by_parameter",
     "decide",
     "describe",
     "everything",
     "listed",
+    "named_throughout",
     "parameters",
+    "parameters_of",
     "trainable",
     "unwrap",
 ]
 
 Verdict = Literal["average", "follow", "leave"]
 Policy = Callable[[str, Tensor, nn.Module], Verdict]
+
+
+class _HasShape(Protocol):
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+_Value = TypeVar("_Value")
+_Shaped = TypeVar("_Shaped", bound=_HasShape)
 
 
 def trainable(name: str, tensor: Tensor, module: nn.Module) -> Verdict:
@@ -244,6 +256,49 @@ class Tree:
         self.by_name[name] = slot
         if persistent:
             self.keys.append(name)
+
+
+def parameters_of(tree: Tree) -> list[tuple[str, Tensor]]:
+    """Return what `model.parameters()` gives, in its order and by first name."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, slot in tree.by_name.items():
+        tensor = slot.places[slot.names.index(name)][2]
+        if isinstance(tensor, nn.Parameter):
+            found.setdefault(id(tensor), (name, tensor))
+    return list(found.values())
+
+
+def by_parameter(values: Sequence[_Shaped], tree: Tree) -> dict[str, _Shaped]:
+    """Return values that are in the order of `model.parameters()` by name.
+
+    Raises:
+        ValueError: they are neither of all parameters nor of those that are trained.
+    """
+    parameters = parameters_of(tree)
+    trained = [(name, tensor) for name, tensor in parameters if tensor.requires_grad]
+    for chosen in (parameters, trained):
+        if [tuple(value.shape) for value in values] == [tuple(t.shape) for _, t in chosen]:
+            return {name: value for (name, _), value in zip(chosen, values, strict=True)}
+    pairs = [
+        f"{index}: {tuple(value.shape)} in the list, {name} {tuple(tensor.shape)} in the model"
+        for index, (value, (name, tensor)) in enumerate(zip(values, parameters, strict=False))
+        if tuple(value.shape) != tuple(tensor.shape)
+    ]
+    raise ValueError(
+        f"a list of {len(values)} tensors, and the model has {len(parameters)} parameters, "
+        f"{len(trained)} of them trained:{listed(pairs)}\n"
+        "build the model as it was in training"
+    )
+
+
+def named_throughout(values: Mapping[str, _Value], tree: Tree) -> dict[str, _Value]:
+    """Return values with those of tied tensors under each name, in the order of the model."""
+    slots = {tree.by_name[name].name: value for name, value in values.items()}
+    return {
+        name: values.get(name, slots[slot.name])
+        for name, slot in tree.by_name.items()
+        if slot.name in slots
+    }
 
 
 def decide(tree: Tree, policy: Policy) -> dict[str, Verdict]:
