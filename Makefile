@@ -51,15 +51,17 @@ format: $(VENV)/.ready
 clean:
 	rm -rf $(VENV) $(BENCH) build dist out src/polyak/engine/_lerp* docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-# The environment is made once; it is made again only when what it is made from changes.
+# The environment is made once; it is made again only when what it is made from changes. timm needs
+# torchvision for other things than its averages, and comes without it.
 $(VENV)/.ready: pyproject.toml setup.py src/polyak/engine/lerp.c $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade "pip>=25.1"
 	$(RUN) -m pip install --quiet --editable . --group dev
+	$(RUN) -m pip install --quiet --no-deps "timm>=1.0.31"
 	touch $@
 
-# Peers of the benchmark, in an environment of their own: timm without torchvision, which it needs
-# for other things than its averages.
+# Peers of the benchmark, in an environment of their own: with transformers beside it diffusers asks
+# about DeepSpeed at each tensor.
 $(BENCH)/.ready: pyproject.toml setup.py src/polyak/engine/lerp.c $(CONSTRAINTS)
 	$(PYTHON) -m venv $(BENCH)
 	$(BENCH)/bin/python -m pip install --quiet --upgrade "pip>=25.1"

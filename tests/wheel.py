@@ -78,7 +78,9 @@ def use(wheel: Path, place: Path, path: str) -> None:
     (site / "outer.pth").write_text(outer + "\n")
     run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index",
         "--target", str(site), str(wheel))  # fmt: skip
-    run(str(place / "bin" / "python"), "-W", "error", "-c", USE, path, cwd=place)
+    python = str(place / "bin" / "python")
+    run(python, "-W", "error", "-c", USE, path, cwd=place)
+    run(python, "-W", "error", "-m", "polyak", "inspect", "ema.safetensors", cwd=place)
 
 
 def check_instructions(wheel: Path, folder: Path) -> None:
