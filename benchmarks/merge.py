@@ -7,13 +7,22 @@ their last. Before every run the files are dropped from the system's cache, as t
 are. Reported are the time in units of that reading, and how much anonymous memory a process took
 above what it had with torch imported; pages of files that are mapped are not anonymous.
 
-    python benchmarks/merge.py --quick          # small files: does all of it run?
+The linear merge of mergekit is one of the ways where mergekit is installed, on the safetensors only
+(`pip install mergekit typer rich -e .`, best in an environment of its own). What it merges are
+folders: before the clock runs, each file gets one, with a config and a link to the file, and
+mergekit is imported, so that neither is in its time, nor the imports in its memory.
+
+    python benchmarks/merge.py --quick          # small files: does it run? (without mergekit)
     python benchmarks/merge.py --out docs       # all of it: needs 35 GB of disk, and ten minutes
     python benchmarks/merge.py --dtype bfloat16
+    python benchmarks/merge.py --way "polyak average" --way "mergekit linear"
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
+import importlib.util
 import json
 import os
 import shlex
@@ -36,6 +45,22 @@ from rich.table import Table
 Dtype = Enum("Dtype", {"float32": "float32", "bfloat16": "bfloat16"}, type=str)
 STEP_BYTES = 16 << 20
 ROUNDS = 3
+KINDS = ["safetensors", "pt"]
+# The model whose tensors are in the files, as transformers and mergekit know it.
+GPT2_MEDIUM = {
+    "architectures": ["GPT2LMHeadModel"],
+    "model_type": "gpt2",
+    "n_embd": 1024,
+    "n_layer": 24,
+    "n_head": 16,
+}
+# Lazy reading, and weights only; what is not named is as mergekit has it: one file, no GPU.
+MERGEKIT = {
+    "lazy_unpickle": True,
+    "copy_tokenizer": False,
+    "write_model_card": False,
+    "quiet": True,
+}
 
 
 # ------------------------------------------------------------------ what is run, each in a process
@@ -90,6 +115,30 @@ def load_everything(paths: list[Path], out: Path) -> None:
     save_file(mean, out)
 
 
+def mergekit_linear(paths: list[Path], out: Path) -> None:
+    """mergekit: a linear merge, with equal weights, of the models that `as_models` made."""
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    models = [_model(path) for path in paths]
+    stored = json.loads((models[0] / "config.json").read_text())["dtype"]
+    config = {
+        "merge_method": "linear",
+        "dtype": "float32",
+        "out_dtype": stored,
+        "models": [{"model": str(model), "parameters": {"weight": 1.0}} for model in models],
+    }
+    merged = out.with_suffix("")
+    run_merge(MergeConfiguration.model_validate(config), str(merged), MergeOptions(**MERGEKIT))
+    (merged / "model.safetensors").replace(out)
+
+
+def _model(path: Path) -> Path:
+    """Return the folder of a file that is read as a model."""
+    return path.with_suffix("")
+
+
 def _loaded(path: Path, load_file: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     import torch
 
@@ -103,7 +152,11 @@ WAYS: dict[str, Callable[[list[Path], Path], None]] = {
     "polyak average": ours,
     "running sum": running_sum,
     "load everything": load_everything,
+    "mergekit linear": mergekit_linear,
 }
+Way = Enum("Way", {way: way for way in WAYS}, type=str)
+# What is imported before the clock runs, besides torch and safetensors.
+IMPORTED = {"mergekit linear": "mergekit.merge"}
 
 
 # ------------------------------------------------------------------------------------- measuring
@@ -122,6 +175,8 @@ def run_here(way: str, paths: list[Path], out: Path) -> dict[str, float]:
     import torch  # its memory is not what is measured
     from safetensors.torch import load_file  # noqa: F401
 
+    if way in IMPORTED:
+        importlib.import_module(IMPORTED[way])
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     before, peak, done = anonymous_bytes(), [0], threading.Event()
 
@@ -140,7 +195,8 @@ def run_here(way: str, paths: list[Path], out: Path) -> dict[str, float]:
 
 
 def evict(paths: list[Path]) -> None:
-    """Let the system forget what is in the files, as far as it does."""
+    """Let the system forget what is in the files, as far as it does, and have nothing to write."""
+    os.sync()
     for path in paths:
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -152,7 +208,11 @@ def run(way: str, paths: list[Path], out: Path) -> dict[str, float]:
     evict(paths)
     job = json.dumps([way, [str(path) for path in paths], str(out)])
     process = subprocess.run(
-        [sys.executable, __file__, "--job", job], capture_output=True, text=True, check=False
+        [sys.executable, __file__, "--job", job],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if process.returncode:
         raise RuntimeError(f"{way} failed:\n{process.stderr}")
@@ -187,6 +247,15 @@ def make(
     return found
 
 
+def as_models(paths: list[Path], dtype: str) -> None:
+    """Make a folder for each file that transformers and mergekit take for a model of GPT-2."""
+    for path in paths:
+        folder = _model(path)
+        folder.mkdir()
+        (folder / "model.safetensors").symlink_to(path.resolve())
+        (folder / "config.json").write_text(json.dumps(GPT2_MEDIUM | {"dtype": dtype}))
+
+
 def check(paths: list[Path], outs: dict[str, Path]) -> dict[str, float]:
     """Return how far each result is from the float64 mean, in roundings of float32."""
     import torch
@@ -197,6 +266,8 @@ def check(paths: list[Path], outs: dict[str, Path]) -> dict[str, float]:
     for way, out in outs.items():
         worst = 0.0
         with safe_open(out, "pt") as result:
+            if set(result.keys()) != set(opened[0].keys()):
+                raise RuntimeError(f"{way} wrote other tensors than those of the files")
             for name in list(result.keys())[::40]:
                 exact = torch.stack([file.get_tensor(name).double() for file in opened]).mean(0)
                 scale = torch.finfo(result.get_tensor(name).dtype).eps / 2
@@ -240,6 +311,11 @@ def markdown(results: dict[str, Any]) -> str:
         f"{results['file_bytes'] / 1e9:.2f} GB each; {results['rounds']} rounds, medians, lowest "
         f"and highest; torch {results['torch']}, {results['cpu']}. Made by `{results['command']}`."
     )
+    if results["mergekit"]:
+        told += (
+            f" mergekit {results['mergekit']['version']}, its imports not counted: merge_method "
+            f"linear, equal weights, dtype float32, {results['mergekit']['options']}."
+        )
     skipped = "".join(f"\n\nNot measured: {reason}." for reason in results["skipped"])
     return "\n".join([*head, *lines]) + f"\n\n{told}{skipped}\n"
 
@@ -248,14 +324,15 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="Small files: does it run?")] = False,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights in the files.")] = Dtype.float32,
     count: Annotated[int, typer.Option(min=2, help="How many files.")] = 10,
+    way: Annotated[list[Way] | None, typer.Option(help="Only this; may be repeated.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("out/merge"),
     folder: Annotated[Path | None, typer.Option(help="Where the files are made.")] = None,
     job: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Measure what averaging checkpoint files costs."""
     if job is not None:
-        way, paths, target = json.loads(job)
-        sys.stdout.write(json.dumps(run_here(way, [Path(path) for path in paths], Path(target))))
+        name, paths, target = json.loads(job)
+        sys.stdout.write(json.dumps(run_here(name, [Path(path) for path in paths], Path(target))))
         return
     import torch
 
@@ -266,36 +343,52 @@ def main(
     model = "mobilenetv3_large" if quick else "gpt2_medium"
     size = elements(listed(model)) * getattr(torch, dtype.value).itemsize
     skipped = []
-    ways = list(WAYS)
+    ways = [each.value for each in Way if not way or each in way]
     needed = 3.2 * size * count
-    if machine.free_bytes() < needed:
+    if "load everything" in ways and machine.free_bytes() < needed:
         ways.remove("load everything")
         skipped.append(f"load everything, which needs about {needed / 1e9:.0f} GB of memory")
+    if "mergekit linear" in ways:
+        if importlib.util.find_spec("mergekit") is None:
+            ways.remove("mergekit linear")
+            skipped.append("mergekit linear, as mergekit is not installed")
+        elif quick:
+            ways.remove("mergekit linear")
+            skipped.append(f"mergekit linear, which knows no {MODELS[model]}")
+        else:
+            skipped.append("mergekit linear on files of torch.save: safetensors are the rule")
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(dir=folder) as made:
         inside = Path(made)
         if shutil.disk_usage(inside).free < 2.5 * size * count:
             raise typer.BadParameter(f"{inside} has too little room for {2 * count} files")
         console.print(f"Making {2 * count} files of {size / 1e9:.2f} GB.")
-        files = make(inside, count, dtype.value, model, ["safetensors", "pt"])
+        files = make(inside, count, dtype.value, model, KINDS)
+        if "mergekit linear" in ways:
+            as_models(files["safetensors"], dtype.value)
         for number in range(ROUNDS):
             for kind, paths in files.items():
-                outs = {way: inside / f"{way.replace(' ', '-')}.safetensors" for way in ways[1:]}
-                for way in ways:
+                here = [name for name in ways if kind == "safetensors" or name != "mergekit linear"]
+                outs = {
+                    name: inside / f"{name.replace(' ', '-')}.safetensors"
+                    for name in here
+                    if name != "reading alone"
+                }
+                for name in here:
                     reading = run("reading alone", paths, inside)["seconds"]
-                    found = run(way, paths, outs.get(way, inside))
+                    found = run(name, paths, outs.get(name, inside))
                     row = rows.setdefault(
-                        (way, kind),
-                        {"way": way, "kind": kind, "seconds": [], "of_reading": []}
+                        (name, kind),
+                        {"way": name, "kind": kind, "seconds": [], "of_reading": []}
                         | {"anonymous_bytes": []},
                     )
                     row["seconds"].append(found["seconds"])
                     row["of_reading"].append(found["seconds"] / reading)
                     row["anonymous_bytes"].append(found["anonymous_bytes"])
-                    console.print(f"{way}, {kind}: {found['seconds']:.1f} s, round {number + 1}")
+                    console.print(f"{name}, {kind}: {found['seconds']:.1f} s, round {number + 1}")
                 if kind == "safetensors" and not number:
-                    for way, off in check(paths, outs).items():
-                        rows[way, kind]["off"] = off
+                    for name, off in check(paths, outs).items():
+                        rows[name, kind]["off"] = off
                 for path in outs.values():
                     path.unlink(missing_ok=True)
     results = {
@@ -308,6 +401,7 @@ def main(
         "rounds": ROUNDS,
         "torch": torch.__version__,
         "cpu": machine.facts()["cpu"],
+        "mergekit": _mergekit() if "mergekit linear" in ways else None,
         "skipped": skipped,
         "rows": list(rows.values()),
     }
@@ -320,6 +414,12 @@ def main(
     for line in tabled(results):
         table.add_row(*line)
     console.print(table)
+
+
+def _mergekit() -> dict[str, str]:
+    """Return which mergekit was measured, and with which of its options."""
+    options = ", ".join(f"{name}={value}" for name, value in MERGEKIT.items())
+    return {"version": importlib.metadata.version("mergekit"), "options": options}
 
 
 def _elsewhere(arguments: list[str], folder: Path | None) -> list[str]:

@@ -12,7 +12,8 @@ project_copyright = "the authors of polyak"
 version = release = polyak.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build", "scale-table.md", "ssl-report.md"]  # which other pages include
+# Other pages include the tables and the report.
+exclude_patterns = ["_build", "*-table.md", "ssl-report.md"]
 html_theme = "furo"
 html_title = f"polyak {release}"
 html_show_sourcelink = False

@@ -88,7 +88,7 @@ def planned(quick: bool, models: Sequence[str], largest: int, chosen: Sequence[s
         largest: elements of the largest single tensor.
         chosen: sections.
     """
-    effort = (0.1, 3, 9) if quick else (0.5, 5, 61)
+    effort = (0.1, 3, 9) if quick else (0.35, 5, 61)
     mallocs = ["keep"] if quick else list(MALLOC)
     jobs = [Job("allocator", {"effort": effort}, malloc) for malloc in mallocs]
     for model in models:

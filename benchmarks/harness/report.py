@@ -99,6 +99,28 @@ def overview(rows: Sequence[Row], malloc: str, threads: int) -> Table:
     )
 
 
+def summary(results: Results) -> str:
+    """Return the table of the README: one thread, beside the fastest peer of the same work."""
+    columns = ["tensors of"]
+    for dtype in DTYPES:
+        columns += [f"{dtype} weights: of the limit", "the fastest peer takes"]
+    lines = [_line(columns), _line(["---", *["---:"] * (len(columns) - 1)])]
+    for model in MODELS.values():
+        cells = [model]
+        for dtype in DTYPES:
+            case = _of(
+                results["rows"], "shapes", malloc="keep", threads=1, dtype=dtype, model=model
+            )
+            mine = next((row for row in case if row["default"]), None)
+            rival = fastest_peer(case)
+            if mine is not None and rival is not None:
+                cells.append(f"{100 * mine['of_limit'][0]:.0f} %")
+                cells.append(f"{rival['times_ours'][0]:.2f} times as long ({rival['contender']})")
+        if len(cells) > 1:
+            lines.append(_line(cells))
+    return "\n".join(lines)
+
+
 def fastest_peer(case: Iterable[Row]) -> Row | None:
     """Return the row of the fastest peer that computes the definition, if there is any."""
     same_work = (row for row in case if row["family"] == "peer" and not row["differs"])
