@@ -142,5 +142,19 @@ def test_a_tied_tensor_may_come_under_each_of_its_names() -> None:
     ema.start_from(state, 1)
     assert torch.equal(ema.averages["encoder.weight"], state["decoder.weight"])
     state["decoder.weight"] = state["decoder.weight"] + 1
-    with pytest.raises(ValueError, match=r"decoder.weight: another average of encoder.weight"):
-        ema.start_from(state, 1)
+    for values in (state, dict(reversed(state.items()))):
+        with pytest.raises(ValueError, match=r"weight \(a second time\)"):
+            ema.start_from(values, 1)
+    state["decoder.weight"] = state["encoder.weight"].double()
+    ema.start_from(state, 2)  # the same values
+
+
+def test_the_clock_where_it_began_is_no_repeat_to_warn_of() -> None:
+    """`update(clock)` right after it: nothing is new, and nothing is wrong."""
+    model = plain()
+    ema = EMA(model, 0.5)
+    ema.start_from(model.state_dict(), 7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ema.update(7)
+    assert (ema.clock, ema.report().repeats) == (7, 1)

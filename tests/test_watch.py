@@ -121,11 +121,22 @@ def test_what_does_not_tell_is_not_relied_on(how: str, monkeypatch: pytest.Monke
     loops = cpu.loops()
     if how == "torch" or isinstance(loops, str):
         return
-    for missing in ((1, 0, 6), (1, 20, 0)):
+    for missing in ((0, 20, 6), (2, 0, 6), (2, 20, 0)):
         monkeypatch.setattr(watch, "_WORDS", array.array("q", missing))
         assert not watch._tells.__wrapped__(loops)
     monkeypatch.setattr(watch.sys.implementation, "name", "other")
     assert not watch._tells.__wrapped__(loops)
+
+
+def test_another_storage_over_the_same_memory_is_watched_too() -> None:
+    """As from numpy: torch says that all is the same, until that storage gets other memory."""
+    parameter = nn.Parameter(torch.rand(4, 3))
+    seen = Watch([parameter])
+    assert seen.same()
+    parameter.data = torch.from_numpy(parameter.detach().numpy())
+    assert seen.same()
+    parameter.data.share_memory_()
+    assert not seen.same()
 
 
 def test_an_average_follows_what_is_noticed() -> None:

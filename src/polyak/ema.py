@@ -127,7 +127,7 @@ class EMA:
     _moments: Moments
     _clock: int
     _pending: int  # ticks of optimizer steps that no update has seen yet
-    _doubt: tuple[engine.Flag, Callable[[], None]] | None  # skipped? and what to note if not
+    _doubt: tuple[engine.Flag, Callable[[EMA], None]] | None  # skipped? and what to note if not
     _updates: int
     _repeats: int
     _nonfinite: int
@@ -245,15 +245,18 @@ class EMA:
         every, tick = checks.positive("every", every), checks.positive("tick", tick)
 
         def after(skipped: Tensor | None) -> None:
-            self._learn()
-            if skipped is not None and (engine.is_near(skipped) or not self._can_doubt()):
-                if skipped.item():
-                    return
-                skipped = None
-            pending = self._pending + tick
-            self._note(partial(self._wait_for_more, tick), skipped)
-            if pending >= every * tick:
-                self._update(self._clock + pending, skipped)
+            with _lock:  # others may ask, and so learn, how the last step went
+                self._learn()
+                if skipped is not None and (engine.is_near(skipped) or not self._can_doubt()):
+                    if skipped.item():
+                        return
+                    skipped = None
+                elif skipped is not None:
+                    checks.refuse_capture()
+                pending = self._pending + tick
+                self._note(partial(EMA._wait_for_more, tick=tick), skipped)
+                if pending >= every * tick:
+                    self._update(self._clock + pending, skipped)
 
         def parameters() -> Iterator[nn.Parameter]:
             engine.reshard(list(self._model.modules()))
@@ -558,7 +561,7 @@ class EMA:
         view = self._compared()
         slots = {n: _found(view, n) for n in self._averages} or view.average
         averages = matched(state["averages"], view, slots)
-        if facts.updates != self._updates and any(
+        if (facts.updates, facts.clock) != (self._updates, self._clock) and any(
             engine.same(averages[name], mine) for name, mine in self._averages.items()
         ):
             raise ValueError(
@@ -621,19 +624,20 @@ class EMA:
         with engine.unrecorded():
             for given, average in averages.items():
                 name = known[given].name if given in known else given
-                if given in known and name not in slots:
+                if name not in slots and given in known:
                     continue  # what follows the model
-                tied = name in wide and torch.equal(wide[name], engine.widened(average))
-                wide[given if name in wide and not tied else name] = engine.widened(average)
+                twice = name in wide and not engine.equal(wide[name], average)
+                wide[f"{given} (a second time)" if twice else name] = engine.widened(average)
         taken = matched(wide, view, slots)
         with _lock, uninterrupted():
             self._take(slots, taken)
             self._drop_plan()
             self._broken = None
-            self._run += "/start"  # what it has seen so far is nobody else's
+            self._run += f"/{uuid.uuid4().hex}"  # what it has seen so far is nobody else's
             self._history, self._moments = History(self._run, clock, inherited=True), Moments()
             self._clock, self._pending, self._updates, self._repeats = clock, 0, 0, 0
             self._nonfinite = self._nonfinite_told = 0
+            self._repeats_told = self._dominance_told = False
 
     def report(self, group: ProcessGroup | None = None) -> Report:
         """Say how the average stands: its horizon, its distance to the weights, what it skipped.
@@ -744,7 +748,7 @@ class EMA:
         if self._teacher is not None and self._view is not None:
             checks.refuse_trained_teacher(self._view)
         with uninterrupted():
-            if self._statistics:
+            if self._statistics or self._underneath:
                 self._forget_statistics()
             weight = 1.0 - keep
             engine.lerp(plan, weight if skipped is None else engine.weight_unless(skipped, weight))
@@ -752,7 +756,7 @@ class EMA:
                 plan.wait()  # it is read without asking
                 engine.copy(self._through)
                 engine.copy(self._follow)
-            self._note(partial(self._moved, history, keep, dt), skipped)
+            self._note(partial(EMA._moved, history=history, keep=keep, dt=dt), skipped)
 
     def _moved(self, history: History, keep: float, dt: int) -> None:
         """Note an update."""
@@ -764,10 +768,10 @@ class EMA:
         """Note a step that no update follows yet."""
         self._pending += tick
 
-    def _note(self, what: Callable[[], None], skipped: Tensor | None) -> None:
+    def _note(self, what: Callable[[EMA], None], skipped: Tensor | None) -> None:
         """Note what a step has come to; what only an accelerator knows yet, as soon as it tells."""
         if skipped is None:
-            what()
+            what(self)
         else:
             self._doubt = engine.Flag(skipped), what
 
@@ -777,15 +781,20 @@ class EMA:
 
     def _learn(self) -> None:
         """Note the last step, if it was not known whether it was one."""
-        if self._doubt is not None:
-            with _lock, uninterrupted():
-                (skipped, note), self._doubt = self._doubt, None
-                if not skipped.read():
-                    note()
+        if self._doubt is None:
+            return
+        with _lock, uninterrupted():
+            if self._doubt is not None:  # nobody else has learned it meanwhile
+                skipped, note = self._doubt
+                try:
+                    if not skipped.read():
+                        note(self)
+                finally:
+                    self._doubt = None
 
     def _repeat(self) -> None:
         self._repeats += 1
-        if self._repeats > _REPEATS * self._updates and not self._repeats_told:
+        if self._repeats > _REPEATS * max(self._updates, 1) and not self._repeats_told:
             self._repeats_told = True
             warnings.warn(
                 f"update(t) was called {self._repeats} times with t={self._clock}, where the clock "
@@ -1017,8 +1026,10 @@ class EMA:
     def _current_plan(self) -> engine.Plan:
         """Return the plan of the update, made anew where tensors were replaced or moved."""
         if self._plan is not None and self._view is not None:
-            plans = (self._plan, self._through, self._follow) if self._teacher else (self._plan,)
-            if _intact(self._view) and all(plan.current() for plan in plans):
+            known = [self._plan]
+            if self._teacher is not None:
+                known += [self._through, self._follow]
+            if _intact(self._view) and all(plan.current() for plan in known):
                 return self._plan
             self._drop_plan()
         view = self._compared()

@@ -51,6 +51,7 @@ __all__ = [
     "copy",
     "distance",
     "empty_like",
+    "equal",
     "exchange",
     "groups",
     "in_forward",
@@ -226,6 +227,11 @@ def average_dtype(dtype: torch.dtype, floor: torch.dtype = torch.float32) -> tor
 def widened(tensor: Tensor) -> Tensor:
     """Return the tensor in the dtype in which it is averaged; itself if it has that."""
     return tensor.to(average_dtype(tensor.dtype)) if is_floating(tensor) else tensor
+
+
+def equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same values, whatever they hold them in."""
+    return a.shape == b.shape and bool((a.to(b.device) == b).all())
 
 
 def empty_like(tensor: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:

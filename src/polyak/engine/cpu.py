@@ -15,6 +15,7 @@ import ctypes
 import functools
 import importlib.util
 import itertools
+import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -109,6 +110,7 @@ class Loops(NamedTuple):
 
     dll: ctypes.CDLL
     kind: int
+    held: ctypes.PyDLL  # the same, for what is called with the GIL held
 
 
 def loops() -> Loops | str:
@@ -155,12 +157,15 @@ def _search() -> Loops | str:
         library.polyak_lerp.argtypes = [ctypes.POINTER(_Job)]
         library.polyak_lerp.restype = None
         library.polyak_runs.argtypes = [ctypes.c_int]
-        library.polyak_same.argtypes = [*[ctypes.c_int64] * 2, *[ctypes.c_void_p] * 3, ctypes.c_int]
+        # It reads objects of Python and of torch, which nobody may free meanwhile: under the GIL.
+        held = ctypes.PyDLL(found.origin)
+        held.polyak_same.argtypes = [*[ctypes.c_int64] * 2, *[ctypes.c_void_p] * 3, ctypes.c_int]
     except (OSError, AttributeError) as error:  # the latter is of another build
         return f"the compiled loops cannot be loaded: {error}"
     for kind in _KINDS:
-        if library.polyak_runs(kind) and _agrees(Loops(library, kind)):
-            return Loops(library, kind)
+        found_here = Loops(library, kind, held)
+        if library.polyak_runs(kind) and _agrees(found_here):
+            return found_here
     return f"no compiled loop rounds as torch does ({torch.backends.cpu.get_cpu_capability()})"
 
 
@@ -199,13 +204,17 @@ def _team() -> Any:
 
 @functools.cache
 def _openmp() -> Any:
-    try:
-        # Of the runtime that torch itself is linked to: a symbol of a library is one of those that
-        # it needs, too.
-        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        return library.GOMP_parallel
-    except (OSError, AttributeError):  # another system, another runtime
-        return None
+    forked = multiprocessing.get_start_method(allow_none=True) == "fork"
+    if forked and multiprocessing.parent_process() is not None:
+        return None  # by whoever may have used the runtime before
+    # The one that torch is linked to: whichever comes first for the process, else torch's own, that
+    # is loaded already. A library gives the symbols of those that it needs, too.
+    own = str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
+    loaded = getattr(os, "RTLD_NOLOAD", 0) | getattr(os, "RTLD_LAZY", 0)
+    for name, mode in ((None, ctypes.DEFAULT_MODE), (own, loaded)):
+        with suppress(OSError, AttributeError, TypeError):  # another system, another runtime
+            return ctypes.CDLL(name, mode=mode).GOMP_parallel
+    return None
 
 
 class _Helpers:

@@ -36,8 +36,8 @@ class Flag:
 
 
 def is_near(number: Tensor) -> bool:
-    """Whether it can be read at once without waiting for an accelerator."""
-    return number.device.type == "cpu"
+    """Whether it is read at once: on other devices than CUDA nothing is gained by waiting."""
+    return number.device.type != "cuda"
 
 
 def weight_unless(number: Tensor, weight: float) -> Tensor:

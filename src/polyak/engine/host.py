@@ -67,6 +67,7 @@ class Host:
             self._process = os.getpid()
             self._worker = ThreadPoolExecutor(1, thread_name_prefix="polyak-host")
         self._copied = threading.Event()
+        weight = self._link.near(weight)
         self._link.begin()
         self._job = self._worker.submit(self._run, self._link.number(weight), self._copied)
 
@@ -107,8 +108,9 @@ class Host:
                     if not following:
                         copied.set()
                     self._link.arrived(chunk)  # and the weight, which was sent before
-                    for mixer in chunk.mixers:
-                        mixer.lerp(float(weight))
+                    share = float(weight)
+                    for mixer in chunk.mixers if share else ():
+                        mixer.lerp(share)
                     for other in following:  # the buffer is free again
                         self._link.copy(other)
         finally:
@@ -140,6 +142,10 @@ class _Link:
     def begin(self) -> None:
         """Let what comes see all that was queued before."""
 
+    def near(self, weight: float | Tensor) -> float | Tensor:
+        """Return the weight, where it is a tensor, on the device of the sources."""
+        return weight
+
     def number(self, weight: float | Tensor) -> float | Tensor:
         """Queue the copy of a number; return where it will be."""
         return float(weight)
@@ -165,6 +171,9 @@ class _Cuda(_Link):
 
     def begin(self) -> None:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
+
+    def near(self, weight: float | Tensor) -> float | Tensor:
+        return weight.to(self._device) if isinstance(weight, Tensor) else weight
 
     def number(self, weight: float | Tensor) -> float | Tensor:
         if not isinstance(weight, Tensor):

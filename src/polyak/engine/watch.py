@@ -13,6 +13,7 @@ from __future__ import annotations
 import array
 import functools
 import itertools
+import operator
 import struct
 import sys
 from collections.abc import Callable, Sequence
@@ -26,11 +27,12 @@ from polyak.engine.shards import is_sharded, parts
 
 __all__ = ["Watch"]
 
-# Bytes that are compared of each tensor: of its Python object, which leads to torch's, those after
-# the type; of torch's object and its storage those after the counts of references. None has less.
+# What is compared of each tensor, in words: of its Python object, which leads to torch's, the first
+# after what every object has; of torch's object and its storage those after the counts of
+# references. None of them has less.
 _WORD = 8
-_HEAD = 2 * _WORD
-_WORDS = array.array("q", (1, 20, 6))
+_HEADS = (object.__basicsize__, 2 * _WORD, 2 * _WORD)
+_WORDS = array.array("q", (2, 20, 6))
 _MOST_DIMS = 5  # of more the sizes are elsewhere
 
 
@@ -72,6 +74,11 @@ class Watch:
     def _take(self) -> None:
         loops = cpu.loops()
         usual = not self._spread and all(tensor.ndim <= _MOST_DIMS for tensor in self.held)
+        # A tensor may have come by another storage over the same memory, which nobody here holds.
+        usual = usual and all(
+            tensor.untyped_storage()._cdata == storage._cdata
+            for tensor, storage in zip(self._tensors, self._storages, strict=True)
+        )
         if usual and self._tensors and not isinstance(loops, str) and _tells(loops):
             self._bytes = _Bytes(self._tensors, self._storages, loops)
 
@@ -94,18 +101,23 @@ class _Bytes:
     ) -> None:
         self._held = tensors, storages  # an address is only good as long as what is there
         places = [(id(t), t._cdata, s._cdata) for t, s in zip(tensors, storages, strict=True)]
-        self._places = array.array("Q", (at + _HEAD for at in itertools.chain(*places)))
+        heads = itertools.cycle(_HEADS)
+        self._places = array.array("Q", map(operator.add, itertools.chain(*places), heads))
         self._noted = array.array("Q", bytes(_WORD * sum(_WORDS) * len(places)))
         arrays = (self._places, _WORDS, self._noted)
         counts = len(places), len(_WORDS)
         self._run: Any = functools.partial(
-            loops.dll.polyak_same, *counts, *(each.buffer_info()[0] for each in arrays)
+            loops.held.polyak_same, *counts, *(each.buffer_info()[0] for each in arrays)
         )
         self._run(True)
 
     def same(self) -> bool:
         """Whether none of them has changed."""
         return bool(self._run(False))
+
+    def leads_on(self) -> bool:
+        """Whether the address of torch's object is among the words of Python's."""
+        return self._held[0][0]._cdata in self._noted[: _WORDS[0]]
 
 
 @functools.cache
@@ -133,7 +145,7 @@ def _tells(loops: cpu.Loops) -> bool:
     def notices(change: Callable[[Any], object]) -> bool:
         tensor = fresh()
         noted = _Bytes([tensor], [tensor.detach().untyped_storage()], loops)
-        before = noted.same()
+        before = noted.same() and noted.leads_on()
         change(tensor)
         return before and not noted.same()
 
@@ -149,4 +161,7 @@ def _tells(loops: cpu.Loops) -> bool:
             lambda tensor: tensor.untyped_storage().resize_(0),
             lambda tensor: tensor.untyped_storage().resize_(1 << 12),
         )
-        return all(map(notices, changes))
+        try:
+            return all(map(notices, changes))
+        except Exception:  # of a torch in which one of them cannot be made
+            return False
