@@ -544,6 +544,71 @@ def test_help_names_all_formats() -> None:
     assert all(re.search(rf"\b{re.escape(name)}\b", words) for name in formats.WRITERS)
 
 
+# What a reviewer tried
+
+
+def test_averages_and_weights_are_not_mixed(saved: Path, steps: list[Path], out: Path) -> None:
+    """A mean of an EMA and of raw weights is neither."""
+    said = refused("average", saved, steps[0], "-o", out)
+    assert "some files hold averages and some trained weights" in said
+
+
+def test_codes_of_quantized_weights_are_not_averaged(tmp_path: Path, out: Path) -> None:
+    """New codes times the mean of old scales would be no model."""
+    for number in (1, 2):
+        codes = torch.full((4,), number, dtype=torch.int32)
+        files.write(tmp_path / str(number), {"l.qweight": codes, "l.scales": torch.ones(1)})
+    done = CliRunner().invoke(
+        cli.app, ["average", str(tmp_path / "1"), str(tmp_path / "2"), "-o", str(out)]
+    )
+    assert done.exit_code == 1
+    assert "l.qweight: codes of a quantized weight" in done.output
+
+
+def test_nothing_in_common_is_no_average(tmp_path: Path, out: Path) -> None:
+    """Not an empty file."""
+    files.write(tmp_path / "a", {"a": torch.ones(1)})
+    files.write(tmp_path / "b", {"b": torch.ones(1)})
+    arguments = ["average", tmp_path / "a", tmp_path / "b", "-o", out, "--unmatched", "drop"]
+    done = CliRunner().invoke(cli.app, list(map(str, arguments)))
+    assert done.exit_code == 1
+    assert "no tensor in common" in done.output
+    assert not out.exists()
+
+
+def test_out_is_not_put_into_an_input(tmp_path: Path) -> None:
+    """Whose folder would be another checkpoint then."""
+    files.write_sharded(tmp_path / "in", {"a": torch.ones(1)}, 100)
+    said = refused("average", tmp_path / "in", "-o", tmp_path / "in" / "mean.safetensors")
+    assert "inside of an input" in said
+
+
+def test_a_file_does_not_speak_to_the_terminal(tmp_path: Path) -> None:
+    """Escapes in what a file says of itself are shown, not sent."""
+    files.write(tmp_path / "a", {"w": torch.ones(1)}, {"producer": "\x1b[2Jme", "averaged": ["w"]})
+    words = run("inspect", tmp_path / "a").stdout
+    assert "\x1b" not in words
+    assert r"\x1b[2Jme" in words
+
+
+def test_a_folder_shows_every_checkpoint_under_its_own_name(tmp_path: Path) -> None:
+    """One file beside others, and folders of folders."""
+    for name in ("checkpoint-200", "checkpoint-1000"):
+        files.write_sharded(tmp_path / name, {"w": torch.ones(1)}, 100)
+    files.write(tmp_path / "ema.safetensors", {"w": torch.ones(1)})
+    rows = [line.split()[0] for line in run("inspect", tmp_path).stdout.splitlines()]
+    assert rows == ["checkpoint", "checkpoint-200", "checkpoint-1000", "ema.safetensors"]
+
+
+def test_a_made_up_sheet_is_no_traceback(tmp_path: Path) -> None:
+    """Producers, recipes and checksums of wrong kinds."""
+    for number, facts in enumerate(
+        [{"producer": 7}, {"combined": {"rule": "x", "sources": 3, "coefficients": ["y"]}}]
+    ):
+        files.write(tmp_path / f"{number}.safetensors", {"w": torch.ones(1)}, facts)
+    assert len(run("inspect", tmp_path).stdout.splitlines()) == 3
+
+
 # In processes of their own
 
 

@@ -15,9 +15,13 @@ def main() -> None:
             "pip install 'polyak[cli]', which adds these and a few small packages\n"
         )
         sys.exit(2)
-    from polyak.cli import app
+    try:
+        from polyak.cli import app
 
-    app(prog_name="polyak")
+        app(prog_name="polyak")
+    except KeyboardInterrupt:  # before the command has begun
+        sys.stderr.write("polyak: stopped by Ctrl-C\n")
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,11 @@ from torch import Tensor
 
 from polyak.files import CODES, LONGEST_HEADER_BYTES, StrPath
 
-__all__ = ["Checkpoint", "Stored", "named", "opened"]
+__all__ = ["NO_WEIGHTS", "Checkpoint", "Stored", "named", "opened"]
+
+
+# What trainers keep beside weights, in files that look alike.
+NO_WEIGHTS = {"training_args.bin", "optimizer.bin", "scheduler.bin", "optimizer.pt", "scheduler.pt"}
 
 
 @dataclass(frozen=True)
@@ -225,8 +229,9 @@ def _open(path: Path, stack: ExitStack) -> Checkpoint:
     if start[:1] == b"\x80":
         raise ValueError(
             f"{str(path)!r} is a pickle, which could run any code when it is read, so it is not. "
-            "Where its program is installed, load it there and save its tensors: "
-            "safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
+            "If torch before 1.6 wrote it, torch.save(torch.load(path, weights_only=True), "
+            "'new.pt') makes a file that is read; else load it where its program is installed, and "
+            "save its tensors: safetensors.torch.save_file(model.state_dict(), 'new.safetensors')"
         )
     raise ValueError(
         f"{str(path)!r} is no checkpoint that can be read: it begins with {start!r}. Pass a "
@@ -238,7 +243,7 @@ def _open(path: Path, stack: ExitStack) -> Checkpoint:
 def _open_folder(path: Path, stack: ExitStack) -> Checkpoint:
     if (path / ".metadata").is_file():
         return _open_dcp(path)
-    names = sorted(entry.name for entry in path.iterdir() if entry.is_file())
+    names = sorted(e.name for e in path.iterdir() if e.is_file() and e.name not in NO_WEIGHTS)
     for ending in (".safetensors.index.json", ".safetensors", ".bin.index.json", ".bin"):
         found = [name for name in names if name.endswith(ending)]
         if len(found) == 1:
@@ -567,7 +572,7 @@ def _open_dcp(path: Path) -> Checkpoint:
         raise _broken(
             path, f"its .metadata is not whole ({type(error).__name__}: {error})"
         ) from None
-    return Checkpoint(path, "dcp", tree, {}, [path / name for name in sorted(used)])
+    return Checkpoint(path, "dcp", tree, {}, [path / name for name in (".metadata", *sorted(used))])
 
 
 def _dcp_tensor(path: Path, name: str, kind: Any, where: Mapping[Any, Any]) -> Stored:

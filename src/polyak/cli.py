@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -101,16 +102,23 @@ def average(
     stored = None if dtype is None else getattr(torch, dtype)
     with ExitStack() as stack:
         opened = [stack.enter_context(_opened(path)) for path in paths]
-        sources = [_chosen(one, which, at) for one in opened]
+        chosen = [_chosen(one, which, at) for one in opened]
+        _refuse_mixture(opened, [name for name, _ in chosen])
+        sources = [tensors for _, tensors in chosen]
         configs = _configs(opened[-1]) if copy_config else []
         is_folder = copy_config or shard is not None
-        _check_out(out, is_folder, opened, force)
+        _check_out(out, is_folder, paths, opened, force)
         outline = combine.outline(sources, [coefficients], dtype=stored, unmatched=unmatched)
         if outline.differences and unmatched == "refuse":
             raise _UnfulfilledError(
                 f"the files differ in {len(outline.differences)} tensors:"
                 f"{listed(outline.differences)}\nPass --unmatched drop to leave these out, or "
                 "--unmatched keep to have them from the newest file that has them"
+            )
+        if not outline.promised:
+            raise _UnfulfilledError(
+                f"the files have no tensor in common: {len(outline.dropped)} were to be dropped. "
+                "Pass --unmatched keep, or files of one model"
             )
         if not dry_run:
             facts: dict[str, Any] = {
@@ -228,7 +236,7 @@ def convert(
     from polyak import formats
 
     with _opened(source) as opened:
-        _check_out(out, to == "diffusers", [opened], force)
+        _check_out(out, to == "diffusers", [source], [opened], force)
     content = formats.convert(source, out, to, which=which, at=at, clock=clock, decay=decay)
     name = content.pick(which)
     answer: dict[str, Any] = {
@@ -254,8 +262,19 @@ def _opened(path: Path) -> Iterator[Checkpoint]:
         yield opened
 
 
-def _chosen(opened: Checkpoint, which: str | None, at: str) -> Mapping[str, Stored]:
-    """Return the tensors that are meant, by name."""
+def _refuse_mixture(opened: Sequence[Checkpoint], sets: Sequence[str]) -> None:
+    """Refuse to take averages of some files and trained weights of others unless told."""
+    kinds = {name.partition(" ")[0] for name in sets}
+    if len(kinds) > 1:
+        each = ", ".join(f"{one.path.name}: {name}" for one, name in zip(opened, sets, strict=True))
+        raise ValueError(
+            f"some files hold averages and some trained weights ({each}), and a mean of both is "
+            "neither. Pass files of one kind"
+        )
+
+
+def _chosen(opened: Checkpoint, which: str | None, at: str) -> tuple[str, Mapping[str, Stored]]:
+    """Return which of its sets is meant, and its tensors by name."""
     from polyak import formats
 
     content = formats.recognized(opened, at)
@@ -270,7 +289,7 @@ def _chosen(opened: Checkpoint, which: str | None, at: str) -> Mapping[str, Stor
             "names, and only the model tells which is which. In Python, "
             "polyak.formats.convert(path, out, 'safetensors', model=model) names them"
         )
-    return tensors
+    return name, tensors
 
 
 def _coefficients(
@@ -297,13 +316,14 @@ def _shares(weights: str, count: int) -> list[float]:
         numbers = [float(part) for part in weights.split(",")]
     except ValueError:
         numbers = []
-    if len(numbers) != count or not all(0 <= n < math.inf for n in numbers) or not sum(numbers):
+    if len(numbers) != count or not all(0 <= n < math.inf for n in numbers) or not any(numbers):
         raise ValueError(
             f"--weights {weights} is not a number for each of the {count} files, 0 or more and not "
             f"all 0. Pass {count} of them with commas between, such as "
             f"--weights {','.join(map(str, range(1, count + 1)))}"
         )
-    return [number / math.fsum(numbers) for number in numbers]
+    shares = [number / max(numbers) for number in numbers]  # whose sum no number is too large for
+    return [share / math.fsum(shares) for share in shares]
 
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -311,7 +331,7 @@ _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**
 
 def _size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
-    size = int(float(match[1]) * _UNITS.get(match[2], 0)) if match else 0
+    size = int(min(float(match[1]), 1e18) * _UNITS.get(match[2], 0)) if match else 0
     if size < 1:
         raise ValueError(
             f"--shard-bytes {text} is no size of 1 byte or more. Pass a number of bytes, or one "
@@ -320,12 +340,20 @@ def _size(text: str) -> int:
     return size
 
 
-def _check_out(out: Path, is_folder: bool, opened: Sequence[Checkpoint], force: bool) -> None:
+def _check_out(
+    out: Path, is_folder: bool, paths: Sequence[Path], opened: Sequence[Checkpoint], force: bool
+) -> None:
     """Refuse what must not be overwritten, before anything is read."""
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(
             f"there is no folder {str(out.parent)!r} for {str(out)!r}. Make it first: "
-            f"mkdir -p {out.parent}"
+            f"mkdir -p {shlex.quote(str(out.parent))}"
+        )
+    folders = [path for path in paths if path.is_dir()]
+    if any(out.absolute().resolve().is_relative_to(folder.resolve()) for folder in folders):
+        raise ValueError(
+            f"{str(out)!r} would be inside of an input, which then is another checkpoint. Pass a "
+            "name beside it"
         )
     if not out.exists():
         return
@@ -384,7 +412,7 @@ def _inspected(
             if verify:
                 raise _UnfulfilledError(str(error)) from error
             raise
-        answer = examine.describe(opened, at)
+        answer = examine.describe(opened, at) | {"path": str(path)}
         holds = True
         if verify:
             with _progress("reading", 2 * answer["bytes"]) as progress:
@@ -393,7 +421,7 @@ def _inspected(
             holds = not verdict.damaged and not verdict.nonfinite
         if against is not None:
             other = stack.enter_context(_opened(against))
-            tensors, others = _chosen(opened, which, at), _chosen(other, which, at)
+            (_, tensors), (_, others) = _chosen(opened, which, at), _chosen(other, which, at)
             size = sum(stored.nbytes for held in (tensors, others) for stored in held.values())
             with _progress("comparing", size) as progress:
                 distance = examine.distance(tensors, others, progress)
@@ -414,7 +442,7 @@ def _tell(
         _print_json(answer)
         return
     for line in _aligned(rows(answer)):
-        typer.echo(line)
+        typer.echo(_printable(line))
 
 
 def _print_json(answer: Mapping[str, Any]) -> None:
@@ -428,6 +456,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _printable(text: str) -> str:
+    """Return text of a file without what a terminal would take for a command."""
+    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
@@ -497,13 +530,18 @@ def _verified_rows(verified: Mapping[str, Any]) -> Rows:
         *(("unchecked", what) for what in verified["unchecked"]),
         *(("DAMAGED", f"{name}: {how}") for name, how in verified["damaged"].items()),
         *(("NOT FINITE", f"{name}: {n:,} elements") for name, n in verified["nonfinite"].items()),
-        ("verified", "" if verified["damaged"] else "no damage found"),
+        ("verified", "" if verified["damaged"] else _no_damage(verified)),
         ("finite", "" if verified["nonfinite"] else "every element"),
     ]
 
 
+def _no_damage(verified: Mapping[str, Any]) -> str:
+    return f"no damage found{' in what could be checked' if verified['unchecked'] else ''}"
+
+
 def _against_rows(against: Mapping[str, Any]) -> Rows:
-    farthest = sorted(against["tensors"].items(), key=lambda item: -item[1])[:_SHOWN]
+    far = {name: math.inf if math.isnan(d) else d for name, d in against["tensors"].items()}
+    farthest = sorted(far.items(), key=lambda item: -item[1])[:_SHOWN]
     shapes = [f"{name} {a} and {b}" for name, (a, b) in against["reshaped"].items()]
     return [
         ("against", against["path"]),
@@ -545,7 +583,7 @@ def _print_table(answers: Sequence[Mapping[str, Any]]) -> None:
             )
         )
     for line in _aligned(lines):
-        typer.echo(line)
+        typer.echo(_printable(line))
 
 
 def _horizon(horizon: Mapping[str, float]) -> str:
@@ -637,12 +675,12 @@ class _Commands(TyperGroup):
 
     def _failed(self, message: str, exit_code: int) -> typer.Exit:
         message = re.sub(
-            r"\b(which|at|clock|decay)=", r"--\1 ", message
+            r"\b([Pp]ass|or) (which|at|clock|decay)=", r"\1 --\2 ", message
         )  # of the library's arguments
         if self._as_json:
             _print_json({"error": message})
         else:
-            typer.echo(f"polyak: {message}", err=True)
+            typer.echo(_printable(f"polyak: {message}"), err=True)
         return typer.Exit(exit_code)
 
 

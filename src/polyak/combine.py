@@ -166,7 +166,7 @@ def outline(
     for name in dict.fromkeys(name for source in reversed(found) for name in source):
         kinds = [source.get(name) for source in found]
         newest, kind = [(i, kind) for i, kind in enumerate(kinds) if kind is not None][-1]
-        difference = _difference(name, kinds)
+        difference = _difference(name, kinds) or _codes(name, kind)
         if difference:
             differences.append(difference)
         if difference and unmatched == "drop":
@@ -268,6 +268,17 @@ def _resolved(sources: Sequence[Mapping[str, Stored]]) -> list[dict[str, Stored]
 def _used(rows: Sequence[Sequence[float]]) -> list[int]:
     """Return the numbers of the checkpoints that any sum takes something of."""
     return [number for number, column in enumerate(zip(*rows, strict=True)) if any(column)]
+
+
+# The last part of the names that quantizers give to codes, which mean nothing without their scales.
+_QUANTIZED = {"qweight", "qzeros", "g_idx", "absmax", "SCB", "quant_map", "weight_packed"}
+
+
+def _codes(name: str, kind: Stored) -> str:
+    """Return why a tensor that holds codes cannot be averaged; empty if it holds none."""
+    if name.rpartition(".")[2] in _QUANTIZED and not kind.dtype.is_floating_point:
+        return f"{name}: codes of a quantized weight ({kind.dtype}), which have no mean"
+    return ""
 
 
 def _difference(name: str, kinds: Sequence[Stored | None]) -> str:

@@ -59,12 +59,14 @@ def describe(opened: Checkpoint, at: str = "") -> dict[str, Any]:
         content = formats.recognized(opened, at)
         horizon = _horizon(facts) if "moments" in facts else None
     except ValueError as error:
+        if at:
+            raise
         note = str(error)
     averaged, combined = facts.get("averaged"), facts.get("combined")
     return {
         "path": str(opened.path),
         "container": opened.container,
-        "producer": facts.get("producer", content.producer),
+        "producer": str(facts.get("producer", content.producer)),
         "clock": content.clock,
         "sets": {name: _set(content, name) for name in content.sets},
         "averaged": len(averaged) if isinstance(averaged, list) else None,
@@ -245,10 +247,20 @@ _ENDINGS = {".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".tar"}
 
 def _is_one(folder: Path) -> bool:
     """Whether a folder is a checkpoint, and not one that has several in it."""
-    names = [entry.name for entry in folder.iterdir()]
-    return ".metadata" in names or any(
-        len([name for name in names if name.endswith(ending)]) == 1
-        for ending in (".safetensors.index.json", ".safetensors", ".bin.index.json", ".bin")
+    entries = list(folder.iterdir())
+    names = [entry.name for entry in entries if entry.name not in checkpoint.NO_WEIGHTS]
+    if ".metadata" in names:
+        return True
+    if any(entry.is_dir() and _is_one(entry) for entry in entries):
+        return False
+    found = [name for name in names if Path(name).suffix in _ENDINGS]
+    return len(found) == 1 or any(
+        len([name for name in names if name.endswith(index)]) == 1
+        and all(name.endswith(shard) for name in found)
+        for index, shard in (
+            (".safetensors.index.json", ".safetensors"),
+            (".bin.index.json", ".bin"),
+        )
     )
 
 
@@ -280,10 +292,16 @@ def _bytes(tensors: Iterable[Stored]) -> int:
 def _is_recipe(value: Any) -> bool:
     """Whether a fact says what a file was made from, and how much of each."""
     keys = {"rule", "sources", "coefficients"}
+    if not isinstance(value, dict) or not keys <= value.keys():
+        return False
+    sources, coefficients = value["sources"], value["coefficients"]
     return (
-        isinstance(value, dict)
-        and keys <= value.keys()
-        and (len(value["sources"]) == len(value["coefficients"]))
+        isinstance(value["rule"], str)
+        and isinstance(sources, list)
+        and isinstance(coefficients, list)
+        and len(sources) == len(coefficients)
+        and all(isinstance(source, str) for source in sources)
+        and all(type(coefficient) in (int, float) for coefficient in coefficients)
     )
 
 

@@ -381,10 +381,18 @@ def verify(path: StrPath) -> list[str]:
             header.
         OSError: there is no such file, or it cannot be read.
     """
-    checksums = _sheet_of(path)["crc32"]["tensors"]
+    sums = _sheet_of(path).get("crc32")
+    checksums = sums.get("tensors") if isinstance(sums, dict) else None
     damaged = []
     with Path(path).open("rb") as file:
         head = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        names = head.keys() - {"__metadata__"}
+        if not isinstance(checksums, dict) or checksums.keys() != names:
+            raise ValueError(
+                f"{os.fspath(path)!r} has no checksum for each of its {len(names)} tensors, as "
+                "every file of polyak has: it was made by something else. files.read reads its "
+                "tensors, unchecked."
+            )
         for name, checksum in checksums.items():
             start, stop = head[name]["data_offsets"]
             if f"{_checksum(file, stop - start):08x}" != checksum:

@@ -144,7 +144,7 @@ class Job(NamedTuple):
 
     def counted(self) -> int:
         """Return the clock, where a program would begin anew without it."""
-        if self.clock:
+        if self.clock is not None and 0 < self.clock < 1 << 63:
             return self.clock
         raise ValueError(
             f"this format needs the number of updates that the averages have seen, got "
@@ -304,4 +304,7 @@ def _lazy(tensors: Mapping[str, Source]) -> dict[str, Tensor | files.Lazy]:
 
 def _save(path: Path, tree: Mapping[str, Any]) -> None:
     with files.atomic(path) as file:
-        torch.save(tree, file)
+        try:
+            torch.save(tree, file)
+        except RuntimeError as error:  # of its own writer, which hides what the system said
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
