@@ -76,12 +76,12 @@ class Solution:
     Attributes:
         coefficients: one for each file, in the order of the files; they sum to 1. Those of files
             that take no part are 0.
-        predicted_error: |sum_i c_i p_i - p| / |p|, the L2 distance of the profiles. Where the
+        predicted_error: `|sum_i c_i p_i - p| / |p|`, the L2 distance of the profiles. Where the
             states differ from their mean by independent noise, the error is this share of the
             deviation of the wanted average; always it is, in each element, at most
-            |sum_i c_i p_i - p| times the L2 norm of the deviations of all states from their mean.
-        amplification: sum_i |c_i|, by which what was rounded off the stored averages grows.
-        storage_noise: sum_i |c_i| u_i, u_i the rounding unit of what is stored: the most that
+            `|sum_i c_i p_i - p|` times the L2 norm of the deviations of all states from their mean.
+        amplification: `sum_i |c_i|`, by which what was rounded off the stored averages grows.
+        storage_noise: `sum_i |c_i| u_i`, u_i the rounding unit of what is stored: the most that
             rounding adds, as a share of the largest stored value of an element.
         history: what the wanted average would have seen, under its decay.
         at: the clock of the wanted average.
@@ -104,7 +104,7 @@ def solve(
 ) -> Solution:
     """Return the coefficients that make an average of stored ones, and how good it will be.
 
-    min |sum_i c_i p_i - p| subject to sum_i c_i = 1, in L2 over the states of the run, with exact
+    `min |sum_i c_i p_i - p|` subject to sum_i c_i = 1, in L2 over the states of the run, with exact
     inner products. A target that is stored is that file, alone. Files that repeat one another
     share. Differences of 1e-5 of a profile and less are not used: by them float32 could not tell
     the files apart.
