@@ -135,13 +135,13 @@ class Case(NamedTuple):
 GATHER = at(engine, "whole", 5)
 DATA = at(dcp.FileSystemWriter, "write_data", after=True)
 CASES = {
-    "the writer of a file, at a tensor": Case(FILE, {0: at(files, "_copy", 5)}),
+    "the writer of a file, at a tensor": Case(FILE, {0: at(files, "_put", 5)}),
     "the writer of a file, at the last moment": Case(
         FILE, {0: at(Path, "replace", ends="ema.safetensors")}
     ),
     "another one, while a file is written": Case(FILE, {1: GATHER}),
     "both, while a file is written": Case(FILE, {0: GATHER, 1: GATHER}),
-    "the writer of a folder, at its third file": Case(FOLDER, {0: at(files, "write", 3)}),
+    "the writer of a folder, at its third file": Case(FOLDER, {0: at(files, "_writing", 3)}),
     "the writer of a folder, at the last moment": Case(FOLDER, {0: at(Path, "replace", ends="/1")}),
     "one, before it has written its part of a checkpoint": Case(
         CHECKPOINT, {1: at(dcp.FileSystemWriter, "write_data")}

@@ -53,6 +53,8 @@ class Watch:
         self._tensors_several = [self._tensors[i] for i in self._several]
         self._storages = [tensor.untyped_storage() for tensor in self.held]
         self._layouts = self._look(self.held, [self.held[i] for i in self._several])
+        usual = not self._spread and all(tensor.ndim <= _MOST_DIMS for tensor in self.held)
+        self._loops = _that_tell() if usual and self._tensors else None
         self._bytes: _Bytes | None = None  # not before somebody asks: many plans run once
 
     def same(self) -> bool:
@@ -72,15 +74,12 @@ class Watch:
         return same
 
     def _take(self) -> None:
-        loops = cpu.loops()
-        usual = not self._spread and all(tensor.ndim <= _MOST_DIMS for tensor in self.held)
         # A tensor may have come by another storage over the same memory, which nobody here holds.
-        usual = usual and all(
+        if self._loops is not None and all(
             tensor.untyped_storage()._cdata == storage._cdata
             for tensor, storage in zip(self._tensors, self._storages, strict=True)
-        )
-        if usual and self._tensors and not isinstance(loops, str) and _tells(loops):
-            self._bytes = _Bytes(self._tensors, self._storages, loops)
+        ):
+            self._bytes = _Bytes(self._tensors, self._storages, self._loops)
 
     def _look(self, tensors: Sequence[Tensor], several: Sequence[Tensor]) -> tuple[object, ...]:
         """Return what tells whether tensors are where they were, `several` also as they were.
@@ -118,6 +117,12 @@ class _Bytes:
     def leads_on(self) -> bool:
         """Whether the address of torch's object is among the words of Python's."""
         return self._held[0][0]._cdata in self._noted[: _WORDS[0]]
+
+
+def _that_tell() -> cpu.Loops | None:
+    """Return the compiled library, if there is one and the bytes can be relied on."""
+    loops = cpu.loops()
+    return None if isinstance(loops, str) or not _tells(loops) else loops
 
 
 @functools.cache
