@@ -195,7 +195,8 @@ def syncs(call: Callable[[], object]) -> int:
 def launches(call: Callable[[], object]) -> int:
     """Return how many kernels, copies and fills a call gives to the device."""
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with profile(activities=activities, acc_events=True) as profiled:
         call()
         torch.cuda.synchronize()
     device = torch.autograd.DeviceType.CUDA

@@ -29,6 +29,7 @@ import models
 from polyak import engine
 from polyak.engine import foreach
 from polyak.engine.reference import Reference
+from syncs import no_sync
 from test_engine import POISON, SHAPES, WRITABLE, _assert_within_2_ulp, _expanded, _random
 
 triton = pytest.importorskip("triton", reason="Triton, of which this is a kernel, is not installed")
@@ -717,9 +718,7 @@ def test_an_update_neither_waits_nor_allocates() -> None:
     others = [s.clone() for s in sources]
     for w in (0.5, weight):  # compiled
         path.lerp(w)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_sync():
         before = torch.cuda.memory_stats()["allocation.all.allocated"]
         for w in (0.5, weight, 0.0):
             path.lerp(w)
@@ -727,8 +726,6 @@ def test_an_update_neither_waits_nor_allocates() -> None:
             s.data = other
         path.lerp(weight)
         after = torch.cuda.memory_stats()["allocation.all.allocated"]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert after == before
     assert int(path.skipped) == 5
 

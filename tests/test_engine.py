@@ -26,6 +26,7 @@ import polyak
 from polyak import engine
 from polyak.engine import cpu, foreach
 from polyak.engine.reference import Reference
+from syncs import no_sync
 
 PATHS = [foreach.Foreach, cpu.Cpu]
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -599,7 +600,8 @@ def test_pieces_cover_each_element_once(
 
 def _allocated(work: object, times: int = 3) -> int:
     """Return the bytes of tensor memory that calls of ``work`` allocate, by the profiler."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    activities = [ProfilerActivity.CPU]
+    with profile(activities=activities, profile_memory=True, acc_events=True) as profiled:
         for _ in range(times):
             work()  # type: ignore[operator]
     events = profiled.profiler.kineto_results.events()
@@ -686,8 +688,5 @@ def test_an_update_makes_no_sync_on_a_gpu() -> None:
     ema = polyak.EMA(model, 0.9)
     ema.update()
     ema.update()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_sync():
         ema.update()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
