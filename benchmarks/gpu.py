@@ -404,7 +404,7 @@ def facts() -> Row:
         "multiprocessors": properties.multi_processor_count,
         "cuda": torch.version.cuda,
         "driver": _driver(),
-        "system": f"{platform.system()} {platform.release()}",
+        "system": platform.system(),
     }
     found["versions"] = machine.versions() | {"triton": version("triton")}
     return found
@@ -474,11 +474,32 @@ def show(section: str, rows: Sequence[Row], console: Console) -> None:
     console.print(table)
 
 
+def markdown(results: Row) -> str:
+    """Return all sections as a part of a page."""
+    machine = results["machine"]
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    parts = [
+        f"{machine['gpu']}, {machine['multiprocessors']} multiprocessors, CUDA {machine['cuda']}, "
+        f"driver {machine['driver']}; {versions}. `{results['command']}`\n"
+    ]
+    for section in SECTIONS:
+        lines = [cells(row) for row in results["rows"] if row["section"] == section]
+        if lines:
+            columns = list(dict.fromkeys(itertools.chain.from_iterable(lines)))
+            rows = [columns, ["---"] * len(columns)]
+            rows += [[line.get(column, "") for column in columns] for line in lines]
+            table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+            parts.append(f"**{section}**\n\n{table}\n")
+    return "\n".join(parts)
+
+
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="Few rounds, small models.")] = False,
     section: Annotated[list[Section] | None, typer.Option(help="Some sections only.")] = None,
     rounds: Annotated[int, typer.Option(min=2, help="Timed calls of each.")] = 15,
-    out: Annotated[Path, typer.Option(help="Folder of gpu.json.")] = Path("out/gpu"),
+    out: Annotated[Path, typer.Option(help="Folder of gpu.json and gpu-table.md.")] = Path(
+        "out/gpu"
+    ),
 ) -> None:
     """Measure what an update of an average costs on a GPU."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
@@ -502,7 +523,8 @@ def main(
             results["rows"].append(rows[-1])
             save(results, out / "gpu.json")  # as it goes: a machine may be taken back
         show(name, rows, console)
-    console.print(f"Wrote {out / 'gpu.json'}.")
+    (out / "gpu-table.md").write_text(markdown(results))
+    console.print(f"Wrote gpu.json and gpu-table.md in {out}.")
 
 
 if __name__ == "__main__":

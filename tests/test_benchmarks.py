@@ -32,6 +32,7 @@ DOCS = ROOT / "docs"
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 update = importlib.import_module("update")
+gpu = importlib.import_module("gpu")
 NAMES = "contender jobs limit machine memory ours peers report sections shapes timing training"
 MODULES = [importlib.import_module(f"harness.{name}") for name in NAMES.split()]
 contender, jobs, limit, machine, memory, ours, *rest = MODULES
@@ -623,6 +624,27 @@ def test_the_page_shows_what_was_measured() -> None:
     assert (DOCS / "benchmark-table.md").read_text() == report.markdown(results)
     assert not results["quick"]
     assert report.summary(results) in (DOCS.parent / "README.md").read_text()
+
+
+def test_the_page_shows_what_was_measured_on_a_gpu() -> None:
+    """And what it says of it in words follows from the numbers."""
+    results = json.loads((DOCS / "gpu.json").read_text())
+    assert (DOCS / "gpu-table.md").read_text() == gpu.markdown(results)
+    assert not results["quick"]
+    ours, shares, fastest = {}, {}, {}
+    for row in results["rows"]:
+        if row["section"] == "updates" and "failed" not in row:
+            case, seconds = (row["model"], row["dtype"]), row["device_seconds"][0]
+            if row["contender"] == "polyak":
+                ours[case], shares[case] = seconds, row["share_of_copy"][0]
+                assert (row["syncs"], row["launches"], row["extra_bytes"]) == (0, 2, 0)
+            elif row.get("family") not in (None, "ours", "engine"):
+                fastest[case] = min(seconds, fastest.get(case, math.inf))
+    said = "".join(
+        f"| {model} | {dtype} | {shares[model, dtype]:.0%} | {fastest[model, dtype] / time:.1f} |\n"
+        for (model, dtype), time in ours.items()
+    )
+    assert said in (DOCS / "benchmark.md").read_text()
 
 
 # -------------------------------------------------------------- the jobs and the command

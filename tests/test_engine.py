@@ -668,7 +668,7 @@ def test_an_update_does_not_wait_for_the_device(weight: float | Tensor) -> None:
     plans = [engine.Plan(blind, sources, path), engine.Plan(seeing, sources, path)]
     for group in plans[0]._lerp_groups():
         group._cheap_to_read = False
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiled:
         for _ in range(3):
             engine.lerp(plans[0], weight)
     names = {event.name for event in profiled.events()}

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import bit_identical, convolutional, plain, train
+from models import batch, bit_identical, convolutional, plain, train
 from polyak import EMA, Debiased, checks, engine, files
 from polyak.engine import foreach, host
 
@@ -115,6 +115,22 @@ def test_a_bare_update_has_read_the_weights(gate: threading.Event) -> None:
     with torch.no_grad():
         model.weight.fill_(1.0)
     assert ema.averages["weight"].unique().tolist() == [0.0]
+
+
+def test_statistics_are_those_of_the_step(gate: threading.Event) -> None:
+    """The next forward changes them, and may come before anything has been read."""
+    model = convolutional()
+    ema = EMA(model, 0.5, device="cpu")
+    ema.update()
+    first = values(ema)
+    model(batch()[0])
+    second = {name: model.state_dict()[name].clone() for name in first}
+    ema._update(2)  # as `attach` does, without a wait
+    model(batch(1)[0])
+    assert not torch.equal(model.norm.running_mean, second["norm.running_mean"])
+    gate.set()
+    mixed = {name: torch.lerp(average, second[name], 0.5) for name, average in first.items()}
+    assert bit_identical(values(ema), mixed)
 
 
 @pytest.mark.parametrize("other", [False, True], ids=["its own optimizer", "another one"])

@@ -16,10 +16,10 @@ memory, which go on while an accelerator works), `foreach` (wherever torch runs)
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from polyak.engine import cpu, cuda, foreach, host
 from polyak.engine.flag import Flag, is_near, weight_unless
@@ -127,6 +127,7 @@ class Plan:
         held = self._watch.held
         pairs = zip(held[: len(targets)], held[len(targets) :], strict=True)
         self._pairs = [_real(target, source) for target, source in pairs]
+        self._stepped = [isinstance(source, nn.Parameter) for source in sources]
         self._groups: list[Path] | None = None
         self._behind: list[host.Host] = []  # those of them that go on beside the caller
 
@@ -161,20 +162,27 @@ class Plan:
 
     def _lerp_groups(self) -> list[Path]:
         if self._groups is None:
-            self._groups = [path(*group) for path, *group in self._grouped()]
+            self._groups = [
+                path(targets, sources) if still else host.Host(targets, sources, still=False)
+                for path, still, targets, sources in self._grouped()
+            ]
             self._behind = [group for group in self._groups if isinstance(group, host.Host)]
         return self._groups
 
-    def _grouped(self) -> Iterator[tuple[type[Path], list[Tensor], list[Tensor]]]:
-        groups: dict[object, tuple[type[Path], list[Tensor], list[Tensor]]] = {}
-        for target, source in self._pairs:
+    def _grouped(self) -> Iterator[tuple[type[Path], bool, list[Tensor], list[Tensor]]]:
+        """Yield path, whether the sources stand still while it goes on, targets and sources."""
+        groups: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]] = {}
+        for (target, source), stepped in zip(self._pairs, self._stepped, strict=True):
             if target.numel():
                 path = next(path for path in self._paths if path.takes(target, source))
-                key = (path, target.device, target.dtype, source.device, source.dtype)
-                _, targets, sources = groups.setdefault(key, (path, [], []))
+                # Only a step changes a parameter, but any forward changes buffers.
+                still = stepped or path is not host.Host
+                key = (path, still, target.device, target.dtype, source.device, source.dtype)
+                targets, sources = groups.setdefault(key, ([], []))
                 targets.append(target)
                 sources.append(source)
-        yield from groups.values()
+        for (path, still, *_), (targets, sources) in groups.items():
+            yield path, still, targets, sources
 
 
 def lerp(plan: Plan, weight: float | Tensor) -> None:
@@ -198,7 +206,7 @@ def lerp(plan: Plan, weight: float | Tensor) -> None:
 def copy(plan: Plan) -> None:
     """Write each source into its target, cast to the target's dtype, finite or not."""
     with unrecorded():
-        for _, targets, sources in plan._grouped():
+        for *_, targets, sources in plan._grouped():
             torch._foreach_copy_(targets, sources)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 # Elements of a chunk. On the CPU the scratch of a float32 chunk stays in a core's second-level
 # cache; an accelerator wants enough work to hide the launches.
 CHUNK = {"cpu": 1 << 16}
-CHUNK_ACCELERATOR = 1 << 22
+CHUNK_ACCELERATOR = 1 << 24
 
 
 class Foreach:

@@ -1,9 +1,10 @@
 """HOST: averages in host memory, updated while the accelerator goes on with its work.
 
-The weights stand still from one optimizer step to the next. So they are copied, a chunk at a time
+Parameters stand still from one optimizer step to the next. So they are copied, a chunk at a time
 and in their own dtype, through a ring of buffers of fixed size, on a stream of their own, while a
 worker thread mixes each chunk into the averages. `read` waits until all have been copied, which is
-what has to be done before they change; `wait` until all are mixed, which every reader does.
+what has to be done before they change; `wait` until all are mixed, which every reader does. Running
+statistics do not stand still: any forward changes them. So they are copied aside first.
 
 The same code runs with the sources in host memory, where a copy is an ordinary one.
 """
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from polyak.engine.cpu import Cpu
-from polyak.engine.foreach import Foreach, cut
+from polyak.engine.foreach import Foreach, cut, unrecorded
 
 __all__ = ["Host"]
 
@@ -29,7 +30,13 @@ BUFFER_BYTES = 64 << 20
 
 
 class Host:
-    """One group of local tensors: targets in host memory, sources on one accelerator."""
+    """One group of local tensors: targets in host memory, sources on one accelerator.
+
+    Args:
+        targets: the averages.
+        sources: as many, of the same shapes.
+        still: whether the sources stand still until `read` has been called.
+    """
 
     name = "host"
 
@@ -38,10 +45,15 @@ class Host:
         """Whether this pair can be run here."""
         return target.device.type == "cpu" and source.device.type == "cuda"
 
-    def __init__(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    def __init__(
+        self, targets: Sequence[Tensor], sources: Sequence[Tensor], still: bool = True
+    ) -> None:
         device, dtype = sources[0].device, sources[0].dtype
         size = min(BUFFER_BYTES // dtype.itemsize, sum(target.numel() for target in targets))
+        self._moving = [] if still else list(sources)
         with torch.inference_mode(False):
+            self._aside = [torch.empty_like(source) for source in self._moving]
+            sources = self._aside or sources
             ring = torch.empty(RING, size, dtype=dtype, pin_memory=device.type == "cuda")
         self._chunks = [
             _Chunk(pairs, ring[number % RING])
@@ -68,6 +80,9 @@ class Host:
             self._worker = ThreadPoolExecutor(1, thread_name_prefix="polyak-host")
         self._copied = threading.Event()
         weight = self._link.near(weight)
+        if self._moving:
+            with unrecorded():
+                torch._foreach_copy_(self._aside, self._moving)
         self._link.begin()
         self._job = self._worker.submit(self._run, self._link.number(weight), self._copied)
 
