@@ -20,6 +20,7 @@ mergekit is imported, so that neither is in its time, nor the imports in its mem
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -46,6 +47,7 @@ Dtype = Enum("Dtype", {"float32": "float32", "bfloat16": "bfloat16"}, type=str)
 STEP_BYTES = 16 << 20
 ROUNDS = 3
 KINDS = ["safetensors", "pt"]
+STDS = (0.06, 0.07, 0.08, 0.12)  # none of which is stored
 # The model whose tensors are in the files, as transformers and mergekit know it.
 GPT2_MEDIUM = {
     "architectures": ["GPT2LMHeadModel"],
@@ -84,6 +86,25 @@ def ours(paths: list[Path], out: Path) -> None:
     with ExitStack() as stack:
         sources = [stack.enter_context(checkpoint.opened(path)).tensors for path in paths]
         combine.combine(sources, [combine.Target(combine.uniform(len(paths)), out)])
+
+
+def reconstructed(paths: list[Path], out: Path, stds: tuple[float, ...] = (0.07,)) -> None:
+    """polyak: averages that were not kept, as if the files were some of 100,000 steps."""
+    from polyak.decay import PowerLaw
+    from polyak.posthoc import Snapshot, reconstruct
+    from polyak.profile import History
+
+    steps, clocks = 100_000, len(paths) // 2
+    whole = {std: History("a run") for std in (0.05, 0.10)}
+    for std, history in whole.items():
+        for _ in range(steps):
+            history.tick(PowerLaw(std), 1)
+    stored = [
+        Snapshot(path, whole[(0.05, 0.10)[number % 2]].until(steps * (number // 2 + 1) // clocks))
+        for number, path in enumerate(paths)
+    ]
+    outs = [out.with_suffix(f".{std}.safetensors") for std in stds]
+    reconstruct(stored, [PowerLaw(std) for std in stds], outs)
 
 
 def running_sum(paths: list[Path], out: Path) -> None:
@@ -150,11 +171,15 @@ def _loaded(path: Path, load_file: Callable[[Path], dict[str, Any]]) -> dict[str
 WAYS: dict[str, Callable[[list[Path], Path], None]] = {
     "reading alone": read_once,
     "polyak average": ours,
+    "polyak reconstruct": reconstructed,
+    "polyak reconstruct, 4 at once": functools.partial(reconstructed, stds=STDS),
     "running sum": running_sum,
     "load everything": load_everything,
     "mergekit linear": mergekit_linear,
 }
 Way = Enum("Way", {way: way for way in WAYS}, type=str)
+MEANS = ("polyak average", "running sum", "load everything", "mergekit linear")
+SAFETENSORS_ALONE = ("polyak reconstruct", "polyak reconstruct, 4 at once", "mergekit linear")
 # What is imported before the clock runs, besides torch and safetensors.
 IMPORTED = {"mergekit linear": "mergekit.merge"}
 
@@ -368,7 +393,7 @@ def main(
             as_models(files["safetensors"], dtype.value)
         for number in range(ROUNDS):
             for kind, paths in files.items():
-                here = [name for name in ways if kind == "safetensors" or name != "mergekit linear"]
+                here = [n for n in ways if kind == "safetensors" or n not in SAFETENSORS_ALONE]
                 outs = {
                     name: inside / f"{name.replace(' ', '-')}.safetensors"
                     for name in here
@@ -387,10 +412,11 @@ def main(
                     row["anonymous_bytes"].append(found["anonymous_bytes"])
                     console.print(f"{name}, {kind}: {found['seconds']:.1f} s, round {number + 1}")
                 if kind == "safetensors" and not number:
-                    for name, off in check(paths, outs).items():
+                    means = {name: path for name, path in outs.items() if name in MEANS}
+                    for name, off in check(paths, means).items():
                         rows[name, kind]["off"] = off
-                for path in outs.values():
-                    path.unlink(missing_ok=True)
+                for path in inside.glob("*-*.safetensors"):
+                    path.unlink()
     results = {
         "command": shlex.join(["python", "benchmarks/merge.py", *_elsewhere(sys.argv[1:], folder)]),
         "quick": quick,

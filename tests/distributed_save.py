@@ -29,6 +29,7 @@ from distributed_tools import (
     hsdp,
     law,
     line,
+    move_,
     net,
     refused,
     seeded,
@@ -36,7 +37,8 @@ from distributed_tools import (
     square,
     tp,
 )
-from polyak import engine, files
+from polyak import EMA, PowerLaw, engine, files
+from polyak.snapshots import SnapshotFolder
 
 INDEX = "model.safetensors.index.json"
 
@@ -286,6 +288,33 @@ def a_writer_whose_disk_is_full(folder: Path) -> None:
     dist.barrier()
     ema.save(folder / "a.safetensors")
     assert files.read_facts(folder / "a.safetensors")["clock"] == 3
+
+
+@law((fsdp, hsdp, tp, fsdp_tp), 4)
+def a_folder_of_snapshots(layout: Layout, folder: Path) -> None:
+    """All ranks call it, one writes and removes: what is left is what one process would leave."""
+    model, alone = net(), net()
+    layout(model)
+    paths = folder / "together", folder / str(dist.get_rank())
+    emas = [[EMA(m, PowerLaw(std)) for std in (0.05, 0.10)] for m in (model, alone)]
+    folders = [
+        SnapshotFolder(path, pair, every=2, most_files=5)
+        for path, pair in zip(paths, emas, strict=True)
+    ]
+    for number in range(9):
+        for one, pair, kept in zip((model, alone), emas, folders, strict=True):
+            move_(one, number)
+            for ema in pair:
+                ema.update()
+            kept.update()
+    dist.barrier()
+    together, mine = (kept.files for kept in folders)
+    assert [path.name for path in together] == [path.name for path in mine]
+    assert len(mine) == 5
+    for a, b in zip(together, mine, strict=True):
+        assert_same(load_file(a), load_file(b))
+    behind = SnapshotFolder(folder / "behind", emas[0], every=1, background=True)
+    assert "call save() on all of them" in refused(ValueError, behind.save)
 
 
 @case(2)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import inspect
 import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +26,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from typer.testing import CliRunner, Result
 
-from polyak import EMA, Debiased, cli, files, formats
+from polyak import EMA, Debiased, HalfLife, PowerLaw, cli, files, formats, posthoc
+from polyak.decay import Constant, Decay
+from polyak.profile import History
 
+COMMANDS = ("average", "inspect", "convert", "reconstruct", "plot")
 DOCS = Path(__file__).parent.parent / "docs"
 
 
@@ -199,6 +205,9 @@ def test_usage_errors_are_told_as_the_others(steps: list[Path], out: Path) -> No
     assert "Missing option" in parsed("average", steps[0], code=2)["error"]
     assert "No such command" in parsed("averages", code=2)["error"]
     assert "No such option" in parsed("inspect", steps[0], "--verfy", code=2)["error"]
+    assert "No such option: --bogus" in parsed("--bogus", code=2)["error"]
+    assert "Usage: polyak" in run("--bogus", code=2).stderr
+    assert "Usage: polyak" in run(code=2).output
     missing = refused("average", steps[0], out.with_name("none.pt"), "-o", out)
     assert re.search(r"there is no '\S+none.pt'", missing)
 
@@ -544,6 +553,489 @@ def test_help_names_all_formats() -> None:
     assert all(re.search(rf"\b{re.escape(name)}\b", words) for name in formats.WRITERS)
 
 
+# polyak reconstruct
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a run: averages of two widths, and training checkpoints beside them."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    folder.mkdir()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    emas = {"narrow": EMA(model, PowerLaw(0.05)), "wide": EMA(model, PowerLaw(0.10))}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for step in range(1, 161):
+        model(torch.randn(8, 4)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, ema in emas.items():
+            ema.update(step)
+            if step % 20 == 0:
+                ema.save(folder / f"{name}-{step}.safetensors", dtype=torch.float32)
+        if step % 80 == 0:
+            torch.save({"model": model.state_dict(), "step": step}, folder / f"step-{step}.pt")
+    return folder
+
+
+@pytest.fixture
+def run_folder(whole_run: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may change."""
+    return Path(shutil.copytree(whole_run, tmp_path / "run"))
+
+
+def stored_in(folder: Path) -> list[Path]:
+    """The averages of a run, in the order in which a folder is listed."""
+    found = [*folder.glob("narrow-*"), *folder.glob("wide-*")]
+    return sorted(found, key=lambda p: (p.name[0], int(p.stem.partition("-")[2])))
+
+
+ASKED: list[tuple[list[str], str, Decay]] = [
+    (["--std", ".08"], "powerlaw-0.08", PowerLaw(0.08)),
+    (["--std", "0.1"], "powerlaw-0.1", PowerLaw(0.1)),
+    (["--half-life", "20"], "halflife-20", HalfLife(20)),
+    (["--decay", ".97"], "decay-0.97", Constant(0.97)),
+]
+
+
+@pytest.mark.parametrize(("options", "name", "decay"), ASKED)
+def test_reconstruct_writes_and_tells_what_the_library_gives(
+    whole_run: Path, out: Path, options: list[str], name: str, decay: Decay
+) -> None:
+    answer = parsed("reconstruct", whole_run, *options, "-o", out)
+    paths = stored_in(whole_run)
+    solution = posthoc.solve(paths, decay)
+    (averages,) = posthoc.reconstruct(paths, [decay])
+    assert answer["targets"] == [
+        {
+            "name": name,
+            "decay": repr(decay),
+            "out": str(out),
+            "predicted_error": solution.predicted_error,
+            "amplification": solution.amplification,
+            "storage_noise": solution.storage_noise,
+        }
+    ]
+    assert [one["path"] for one in answer["files"]] == list(map(str, paths))
+    assert [one["clock"] for one in answer["files"]] == [*range(20, 161, 20)] * 2
+    assert [one["coefficients"] for one in answer["files"]] == [
+        [coefficient] for coefficient in solution.coefficients
+    ]
+    assert (answer["written"], answer["at"]) == (True, 160)
+    made = files.read(out)
+    assert made.keys() == averages.keys()
+    assert all(torch.equal(made[key], averages[key]) for key in made)
+    assert files.verify(out) == []
+
+
+def test_several_averages_come_in_one_pass_as_a_folder(
+    whole_run: Path, tmp_path: Path, out: Path
+) -> None:
+    """Each is what it would be alone."""
+    folder = tmp_path / "averages"
+    options = [option for options, _, _ in ASKED for option in options]
+    answer = parsed("reconstruct", whole_run, *options, "-o", folder)
+    names = [name for _, name, _ in ASKED]
+    assert names_in(folder) == {f"{name}.safetensors" for name in names}
+    assert [one["name"] for one in answer["targets"]] == names
+    for (options, name, _), target in zip(ASKED, answer["targets"], strict=True):
+        assert target["out"] == str(folder / f"{name}.safetensors")
+        alone = parsed("reconstruct", whole_run, *options, "-o", out, "--force")
+        assert {**alone["targets"][0], "out": ""} == {**target, "out": ""}
+        made, expected = files.read(target["out"]), files.read(out)
+        assert all(torch.equal(made[key], expected[key]) for key in expected)
+    assert not [name for name in names_in(tmp_path) if name.startswith(".polyak")]
+    words = run("reconstruct", whole_run, *options, "-o", tmp_path / "more").stdout
+    assert re.search(r"^wrote +\S+/more$", words, re.M)
+
+
+def test_reconstruct_dry_run_tells_the_same_and_reads_no_tensor(
+    whole_run: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("a tensor was read")
+
+    arguments = ["reconstruct", whole_run, "--std", "0.08", "-o", out]
+    done = parsed(*arguments)
+    out.unlink()
+    monkeypatch.setattr("polyak.checkpoint._pread", never)
+    told = parsed(*arguments, "--dry-run")
+    assert {**told, "written": True} == done
+    assert names_in(out.parent) == set()
+    assert isinstance(run(*arguments, code=1).exception, AssertionError)
+    assert names_in(out.parent) == set()
+
+
+def test_reconstruct_tells_a_line_for_each_file(whole_run: Path, tmp_path: Path) -> None:
+    lines = run(
+        *("reconstruct", whole_run, "--std", "0.08", "--half-life", "20", "--at", "140"),
+        *("-o", tmp_path / "averages", "--dry-run"),
+    ).stdout.splitlines()
+    assert lines[0].split() == ["would", "write", str(tmp_path / "averages")]
+    assert lines[1].split() == ["at", "140"]
+    assert lines[2].split() == ["powerlaw-0.08", "halflife-20"]
+    assert [line.partition("  ")[0] for line in lines[3:6]] == [
+        *("predicted error", "amplification", "storage noise")
+    ]
+    paths = stored_in(whole_run)
+    assert [line.split()[-1] for line in lines[6:22]] == list(map(str, paths))
+    last = lines[6 + paths.index(whole_run / "wide-160.safetensors")]
+    assert last.split()[:2] == ["0", "0"]  # which is later
+    expected = posthoc.solve(paths, PowerLaw(0.08), 140)
+    assert lines[3].split()[2] == f"{expected.predicted_error:.2%}"
+    assert lines[6].split()[0] == f"{expected.coefficients[0]:.4f}"
+    taken = 14 * sum(t.nbytes for t in files.read(paths[0]).values())
+    assert lines[22].split() == ["dtype", "float32"]
+    assert lines[23].endswith(f"{taken / 1000:.1f} kB to read, of 14 of 16 files")
+    assert re.fullmatch(
+        r"left out +2: step-80.pt, step-160.pt \(no history of an average in it\)", lines[24]
+    )
+    assert len(lines) == 25
+
+
+def test_what_is_reconstructed_says_what_it_is(whole_run: Path, out: Path, tmp_path: Path) -> None:
+    """It can be inspected, and read as a stored average again."""
+    run("reconstruct", whole_run, "--std", "0.08", "-o", out)
+    answer = parsed("inspect", out)
+    assert answer["sets"]["averages"]["decay"] == "PowerLaw(std=0.08)"
+    assert (answer["clock"], answer["combined"]["rule"]) == (160, "posthoc")
+    again = tmp_path / "again.safetensors"
+    made = parsed("reconstruct", out, "--std", "0.08", "-o", again)
+    assert made["files"] == [{"path": str(out), "clock": 160, "coefficients": [1.0]}]
+    assert all(torch.equal(t, files.read(out)[name]) for name, t in files.read(again).items())
+    (note,) = made["notes"]
+    error = posthoc.solve(stored_in(whole_run), PowerLaw(0.08)).predicted_error
+    assert "was reconstructed itself" in note
+    assert f"{error:.2%}" in note
+
+
+def test_a_folder_leaves_out_what_is_no_stored_average_and_says_so(run_folder: Path) -> None:
+    """Nor what was reconstructed, which would count as exact. Files that are named are refused."""
+    made, damaged = run_folder / "made.safetensors", run_folder / "damaged.safetensors"
+    run("reconstruct", run_folder, "--std", "0.08", "-o", made)
+    damaged.write_bytes(b"no")
+    files.write(run_folder / "other.safetensors", {"w": torch.ones(1)})
+    answer = parsed("reconstruct", run_folder, "--std", "0.06", "-o", run_folder / "next")
+    assert [one["path"] for one in answer["files"]] == list(map(str, stored_in(run_folder)))
+    reasons = {Path(path).name: reason for path, reason in answer["left_out"].items()}
+    assert reasons.keys() == {
+        *("step-80.pt", "step-160.pt", "made.safetensors", "damaged.safetensors"),
+        "other.safetensors",
+    }
+    assert "reconstructed from others" in reasons["made.safetensors"]
+    assert "cannot be read" in reasons["damaged.safetensors"]
+    assert reasons["other.safetensors"] == reasons["step-80.pt"]
+    words = run("reconstruct", run_folder, "--std", "0.06", "-o", run_folder / "a").stdout
+    assert len(re.findall("^left out", words, re.M)) == 3
+
+    named = [run_folder / "step-80.pt", stored_in(run_folder)[0], run_folder / "other.safetensors"]
+    message = refused("reconstruct", *named, "--std", "0.06", "-o", run_folder / "b")
+    assert message.startswith("2 of the files cannot take part:\n")
+    assert f"  {run_folder / 'step-80.pt'}: no history" in message
+    assert "polyak.posthoc.Snapshot(path, clock)" in message
+    refused("reconstruct", damaged, *named, "--std", "0.06", "-o", run_folder / "b")
+
+
+def test_a_folder_without_averages_is_refused(tmp_path: Path) -> None:
+    for step in (1, 2):
+        torch.save(state(step), tmp_path / f"step-{step}.pt")
+    message = refused("reconstruct", tmp_path, "--std", "0.1", "-o", tmp_path / "out")
+    assert "there is no average of a run in " in message
+    assert "step-2.pt: no history of an average in it" in message
+
+
+def test_an_average_under_a_decay_of_ones_own_takes_no_part(run_folder: Path) -> None:
+    class Own:
+        def keep(self, t: int, dt: int) -> float:
+            return 0.5
+
+        def __repr__(self) -> str:
+            return "Own()"
+
+    ema = EMA(nn.Linear(4, 2), Own())
+    ema.update(1)
+    ema.update(2)
+    ema.save(run_folder / "own.safetensors")
+    answer = parsed("reconstruct", run_folder, "--std", "0.06", "-o", run_folder / "out")
+    assert "Own()" in answer["left_out"][str(run_folder / "own.safetensors")]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--std", "0.001"], 1, r"cannot give --std 0.001 at the clock 160: it would be off by "),
+        (["--std", "0.001"], 1, r"more than --limit 0.2. The nearest .* given is --std 0.0\d+; "),
+        (["--std", "0.001"], 1, r"or pass --limit 0.\d+, and have that error$"),
+        (["--decay", "0.3"], 1, r"cannot give --decay 0.3 .* is --decay 0.\d+; else"),
+        (["--half-life", "1"], 1, r"cannot give --half-life 1.0 .* is --half-life [\d.]+; else"),
+        (["--uniform"], 1, r"cannot give --uniform .* given is --std 0.\d+; else"),
+        (["--std", "0.001", "--uniform"], 1, r"--std 0.001 .*\n.* --uniform "),
+        (["--std", "0.08", "--at", "150"], 1, r"clock 140: ask for that with --at 140; else"),
+        (["--std", "0.08", "--at", "999"], 1, r"clocks 1 to 160, not of --at 999: pass one of"),
+        (["--std", "0.08", "--limit", "0.001"], 1, r"more than --limit 0.001"),
+        ([], 2, r"no average is asked for. Pass one or more of --std 0.1, --half-life 1000, "),
+        (["--std", "0.3"], 2, r"std must be .* Write --std 0.10, or --uniform .*--half-life n$"),
+        (["--half-life", "-1"], 2, "half_life"),
+        (["--decay", "1.5"], 2, "1.5"),
+        (["--std", ".1", "--std", "0.10"], 2, r"more than once: powerlaw-0.1. Pass each"),
+        (["--std", "0.08", "--shard-bytes", "5GX"], 2, "5GX is no size"),
+    ],
+)
+def test_reconstruct_refuses_and_says_what_to_type(
+    whole_run: Path, out: Path, options: list[str], code: int, message: str
+) -> None:
+    said = refused("reconstruct", whole_run, *options, "-o", out, code=code)
+    assert re.search(message, said, re.S), said
+    assert names_in(out.parent) == set()
+
+
+def test_what_is_named_as_the_nearest_is_given(whole_run: Path, out: Path) -> None:
+    said = refused("reconstruct", whole_run, "--std", "0.001", "-o", out, code=1)
+    nearest = re.search(r"The nearest that can be given is (--std \S+);", said)
+    limit = re.search(r"or pass (--limit \S+),", said)
+    assert nearest
+    assert limit
+    run("reconstruct", whole_run, *nearest[1].split(), "-o", out)
+    run("reconstruct", whole_run, "--std", "0.001", *limit[1].split(), "-o", out, "--force")
+
+
+def test_averages_of_two_runs_are_not_combined(run_folder: Path, out: Path) -> None:
+    ema = EMA(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)), PowerLaw(0.1))
+    ema.update(1)
+    ema.update(2)
+    ema.save(run_folder / "other.safetensors")
+    said = refused("reconstruct", run_folder, "--std", "0.08", "-o", out, code=1)
+    assert "the averages are of 2 runs" in said
+    assert "with polyak.posthoc.Snapshot(path, history)" in said
+
+
+def test_averages_of_two_models_are_not_combined(run_folder: Path, out: Path) -> None:
+    """What fact sheets do not tell: it is found when the tensors are looked at."""
+    path = stored_in(run_folder)[3]
+    facts = files.read_facts(path)
+    files.write(path, {**files.read(path), "0.weight": torch.zeros(8, 5)}, facts)
+    said = refused("reconstruct", run_folder, "--std", "0.08", "-o", out, code=1)
+    assert "0.weight: (8, 4)" in said
+    assert not out.exists()
+    several = ["--std", "0.08", "--std", "0.09", "-o", out]
+    refused("reconstruct", run_folder, *several, code=1)
+    assert names_in(out.parent) == {"run"}
+
+
+def test_reconstruct_stores_as_it_is_asked_to(whole_run: Path, tmp_path: Path) -> None:
+    asked = ["reconstruct", whole_run, "--std", "0.08", "--at", "140"]
+    run(*asked, "-o", tmp_path / "half", "--dtype", "bfloat16")
+    paths = stored_in(whole_run)
+    (averages,) = posthoc.reconstruct(paths, [PowerLaw(0.08)], at=140, dtype=torch.bfloat16)
+    half = files.read(tmp_path / "half")
+    assert half["0.weight"].dtype == torch.bfloat16
+    assert all(torch.equal(half[name], averages[name]) for name in averages)
+
+    run(*asked, "-o", tmp_path / "shards", "--shard-bytes", "100")
+    run(*asked, "--decay", "0.97", "-o", tmp_path / "both", "--shard-bytes", "100")
+    assert names_in(tmp_path / "both") == {"powerlaw-0.08", "decay-0.97"}
+    (whole,) = posthoc.reconstruct(paths, [PowerLaw(0.08)], at=140)
+    for folder in (tmp_path / "shards", tmp_path / "both" / "powerlaw-0.08"):
+        assert "model.safetensors.index.json" in names_in(folder)
+        assert parsed("inspect", folder)["clock"] == 140
+        with formats.opened(folder) as opened:
+            assert all(torch.equal(s.read(), whole[name]) for name, s in opened.tensors.items())
+
+
+def test_averages_and_folders_of_them_go_together(whole_run: Path, tmp_path: Path) -> None:
+    parted = tmp_path / "parted"
+    parted.mkdir()
+    narrow, wide = list(whole_run.glob("narrow-*")), list(whole_run.glob("wide-*"))
+    for path in narrow:
+        shutil.copy(path, parted)
+    answer = parsed("reconstruct", *wide, parted, "--std", "0.08", "-o", tmp_path / "out")
+    assert len(answer["files"]) == len(narrow) + len(wide)
+    expected = posthoc.solve(stored_in(whole_run), PowerLaw(0.08)).predicted_error
+    # Of the same least squares, in another order.
+    assert answer["targets"][0]["predicted_error"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_reconstruct_overwrites_nothing_unasked(run_folder: Path, out: Path) -> None:
+    paths = stored_in(run_folder)
+    whole = paths[-1].read_bytes()
+    said = refused("reconstruct", run_folder, "--std", "0.1", "-o", paths[-1], "--force")
+    assert "is one of the inputs" in said
+    assert paths[-1].read_bytes() == whole
+    out.write_bytes(b"mine")
+    assert "--force to replace it" in refused("reconstruct", run_folder, "--std", "0.1", "-o", out)
+    several = ["reconstruct", run_folder, "--std", "0.1", "--std", "0.08", "-o"]
+    assert "is there already" in refused(*several, out, "--force")
+    assert "is there already" in refused(*several, run_folder, "--force")
+    shards = [*several[:4], "--shard-bytes", "1MB", "-o", out, "--force"]
+    assert "is there already, and a folder cannot be replaced" in refused(*shards)
+    assert out.read_bytes() == b"mine"
+    run("reconstruct", run_folder, "--std", "0.1", "-o", out, "--force")
+    assert files.verify(out) == []
+    missing = refused("reconstruct", run_folder / "none", "--std", "0.1", "-o", out)
+    assert "there is no " in missing
+
+
+def test_reestimated_statistics_are_noted(run_folder: Path, out: Path) -> None:
+    for path in stored_in(run_folder):
+        facts = files.read_facts(path)
+        files.write(path, files.read(path), facts | {"reestimated": ["1.running_mean"]})
+    (note,) = parsed("reconstruct", run_folder, "--std", "0.08", "-o", out)["notes"]
+    assert "re-estimate" in note
+    files.write(out, files.read(out), files.read_facts(out) | {"reestimated": ["1.running_mean"]})
+    notes = parsed("reconstruct", out, "--std", "0.08", "-o", out.with_name("more"))["notes"]
+    assert ["re-estimate" in note for note in notes] == [False, True]
+
+
+def test_the_limit_is_that_of_the_library() -> None:
+    default = inspect.signature(posthoc.solve).parameters["limit"].default
+    words = " ".join(run("reconstruct", "--help").stdout.split())
+    assert re.search(rf"--limit ERROR [^-]*\[default: {default}\]", words)
+
+
+# polyak plot
+
+
+KINDS = {".png": b"\x89PNG\r\n", ".svg": b"<?xml", ".pdf": b"%PDF"}
+
+
+def is_picture(path: Path) -> bool:
+    """Of the kind that its name says, and not empty."""
+    content = path.read_bytes()
+    return content.startswith(KINDS[path.suffix]) and len(content) > 5000
+
+
+def test_is_picture_can_fail(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(KINDS[".pdf"] + bytes(9000))
+    (tmp_path / "b.png").write_bytes(KINDS[".png"])
+    assert not is_picture(tmp_path / "a.png")
+    assert not is_picture(tmp_path / "b.png")
+
+
+@pytest.fixture
+def curve(tmp_path: Path) -> Path:
+    """What a search has found."""
+    points = [posthoc.Point(std, PowerLaw(std), (std - 0.1) ** 2, 0.01) for std in (0.05, 0.1, 0.2)]
+    path = tmp_path / "curve.json"
+    path.write_text(json.dumps(posthoc.Curve(160, (0.03, 0.25), tuple(points)).to_dict()))
+    return path
+
+
+@pytest.mark.parametrize("suffix", KINDS)
+def test_plot_writes_the_kind_of_picture_that_the_name_says(tmp_path: Path, suffix: str) -> None:
+    out = tmp_path / f"profiles{suffix}"
+    run("plot", "--std", "0.1", "--clock", "100", "-o", out)
+    assert is_picture(out)
+
+
+def test_plot_draws_what_it_is_given(whole_run: Path, curve: Path, tmp_path: Path) -> None:
+    """Decays, files, both, a folder, a folder and a decay, a curve."""
+    narrow, wide = whole_run / "narrow-160.safetensors", whole_run / "wide-160.safetensors"
+    everything = list(map(str, stored_in(whole_run)))
+    decays = ["--std", "0.1", "--half-life", "20", "--decay", "0.9", "--uniform"]
+    reprs = [*map(repr, (PowerLaw(0.1), HalfLife(20), Constant(0.9))), "Uniform()"]
+    for number, (arguments, picture, paths, named) in enumerate(
+        [
+            ([*decays, "--at", "1000"], "profiles", [], reprs),
+            ([narrow, wide], "profiles", [str(narrow), str(wide)], []),
+            ([narrow, *decays], "profiles", [str(narrow)], reprs),
+            ([whole_run], "errors", everything, []),
+            ([whole_run, "--at", "140"], "errors", everything, []),
+            ([whole_run, "--std", "0.08"], "approximation", everything, ["PowerLaw(std=0.08)"]),
+            ([curve], "scores", [str(curve)], []),
+        ]
+    ):
+        out = tmp_path / f"{number}.png"
+        answer = parsed("plot", *arguments, "-o", out)
+        assert is_picture(out)
+        left_out = answer.pop("left_out")
+        assert {Path(path).name for path in left_out} == (
+            {"step-80.pt", "step-160.pt"} if whole_run in arguments else set()
+        )
+        assert answer == {
+            "out": str(out),
+            "picture": picture,
+            "files": paths,
+            "decays": named,
+        }
+
+
+def test_plot_calls_the_averages_by_what_tells_them_apart(
+    run_folder: Path, whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = {}
+    monkeypatch.setattr("polyak.plot.profiles", lambda averages, at: drawn.update(averages))
+    monkeypatch.setattr("polyak.plot.save", lambda figure, path: None)
+    one, other = run_folder / "wide-160.safetensors", whole_run / "wide-160.safetensors"
+    third = whole_run / "wide-80.safetensors"
+    run("plot", one, other, third, "--std", "0.08", "-o", tmp_path / "a.png")
+    assert list(drawn) == [str(one), str(other), third.name, "PowerLaw(std=0.08)"]
+    assert drawn[third.name] == History.from_dict(files.read_facts(third)["history"])
+
+
+def test_plot_tells_what_it_has_drawn(whole_run: Path, tmp_path: Path) -> None:
+    lines = run("plot", whole_run, "--std", "0.08", "-o", tmp_path / "a.svg").stdout.splitlines()
+    assert lines[0].split() == ["wrote", str(tmp_path / "a.svg")]
+    assert lines[1].split() == ["picture", "approximation"]
+    assert lines[2].split() == ["files", "16"]
+    assert lines[3].split() == ["decays", "PowerLaw(std=0.08)"]
+    assert lines[4].startswith("left out  2: step-80.pt, step-160.pt (no history")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "there is nothing to draw. Pass decays, such as --std 0.1 --at 10000, files"),
+        (["--std", "0.1"], "how long it has averaged. Pass --at CLOCK"),
+        (["--std", "0.9", "--at", "10"], "std must be .* Write --std 0.10"),
+        (["RUN", "--std", "0.1", "--uniform"], "and 2 are asked for. Pass one of them"),
+        (["RUN", "--at", "999"], "not of --at 999"),
+        (["RUN/wide-160.safetensors", "--uniform", "--at", "999"], "to 160, not of --at 999"),
+        (["RUN/step-80.pt"], "1 of the files cannot take part"),
+        (["CURVE", "--std", "0.1"], "curve.json' is a curve, .* Pass it alone"),
+        (["CURVE", "RUN"], "curve.json' is a curve"),
+        (["RUN/none.json"], "there is no '.*none.json'"),
+    ],
+)
+def test_plot_refuses_and_says_what_to_type(
+    whole_run: Path, curve: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    real = [a.replace("RUN", str(whole_run)).replace("CURVE", str(curve)) for a in arguments]
+    assert re.search(message, refused("plot", *real, "-o", tmp_path / "a.png"))
+    assert names_in(tmp_path) == {"curve.json"}
+
+
+def test_plot_refuses_what_is_no_picture_and_no_curve(tmp_path: Path, curve: Path) -> None:
+    said = refused("plot", curve, "-o", tmp_path / "a.gif")
+    assert ".png, .svg or .pdf" in said
+    for content in ("no", "[1]", '{"at": 3}'):
+        curve.write_text(content)
+        said = refused("plot", curve, "-o", tmp_path / "a.png")
+        assert re.search(r"curve.json' holds no curve: .*json\.dump\(curve\.to_dict", said)
+    assert names_in(tmp_path) == {"curve.json"}
+
+
+def test_plot_overwrites_nothing_unasked(tmp_path: Path, curve: Path, run_folder: Path) -> None:
+    out = tmp_path / "a.png"
+    out.write_bytes(b"mine")
+    assert "--force to replace it" in refused("plot", curve, "-o", out)
+    assert out.read_bytes() == b"mine"
+    run("plot", curve, "-o", out, "--force")
+    assert is_picture(out)
+    assert "one of the inputs" in refused("plot", curve, "-o", curve, "--force")
+    path = stored_in(run_folder)[0]
+    assert "one of the inputs" in refused("plot", run_folder, "-o", path, "--force")
+    run("plot", run_folder, "-o", run_folder / "errors.png")
+
+
+def test_plot_without_matplotlib_names_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    said = refused("plot", "--std", "0.1", "--at", "9", "-o", tmp_path / "a.png")
+    assert "pip install 'polyak[plot]'" in said
+
+
 # What a reviewer tried
 
 
@@ -612,8 +1104,10 @@ def test_a_made_up_sheet_is_no_traceback(tmp_path: Path) -> None:
 # In processes of their own
 
 
-def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "polyak", *map(str, arguments)]
+def start(
+    *arguments: object, program: Sequence[str] = ("-m", "polyak"), **options: Any
+) -> subprocess.Popen[str]:
+    command = [sys.executable, *program, *map(str, arguments)]
     environment = os.environ | {"COLUMNS": "100"}
     return subprocess.Popen(
         command,
@@ -625,13 +1119,15 @@ def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize("arguments", [[], ["average"], ["inspect"], ["convert"]])
+@pytest.mark.parametrize("arguments", [[], *([name] for name in COMMANDS)])
 def test_help_comes_without_torch(arguments: list[str]) -> None:
     code = (
         "import sys, runpy\n"
         f"sys.argv = ['polyak', *{arguments!r}, '--help']\n"
         "try:\n    runpy.run_module('polyak', run_name='__main__')\n"
-        "finally:\n    sys.stderr.write(str({'torch', 'safetensors', 'numpy'} & set(sys.modules)))"
+        "finally:\n"
+        "    slow = {'torch', 'safetensors', 'numpy', 'matplotlib'}\n"
+        "    sys.stderr.write(str(slow & set(sys.modules)))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
@@ -641,6 +1137,10 @@ def test_help_comes_without_torch(arguments: list[str]) -> None:
     if arguments:
         assert "Examples:\n" in done.stdout
         assert "Exit codes: 0 done" in done.stdout
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert run("--version").stdout == f"polyak {importlib.metadata.version('polyak')}\n"
 
 
 def test_without_typer_the_extra_is_named() -> None:
@@ -654,12 +1154,31 @@ def test_without_typer_the_extra_is_named() -> None:
     assert "Traceback" not in done.stderr
 
 
+SLOWLY = """
+import time
+from polyak import __main__, files
+
+def slowly(tensor, slices=files._slices):
+    for part in slices(tensor):
+        yield part
+        time.sleep(0.25)
+
+files._slices = slowly
+__main__.main()
+"""
+
+
+def start_slowly(*arguments: object) -> subprocess.Popen[str]:
+    """Start a command that takes seconds to write 40 tensors."""
+    return start(*arguments, program=["-c", SLOWLY])
+
+
 @pytest.fixture
-def large(tmp_path: Path) -> list[Path]:
-    """Checkpoints that take a while: 200 MB each."""
+def many(tmp_path: Path) -> list[Path]:
+    """Checkpoints of 40 tensors each."""
     paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
     for path in paths:
-        safetensors.torch.save_file({f"t{n}": torch.ones(1_250_000) for n in range(40)}, path)
+        safetensors.torch.save_file({f"t{n}": torch.ones(1250) for n in range(40)}, path)
     return paths
 
 
@@ -670,10 +1189,10 @@ def wait_for(happened: Callable[[], bool], seconds: float = 60.0) -> None:
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("options", [[], ["--shard-bytes", "50MB"]])
-def test_ctrl_c_leaves_nothing_behind(large: list[Path], options: list[str]) -> None:
-    folder = large[0].parent
-    process = start("average", *large, "-o", folder / "out", *options)
+@pytest.mark.parametrize("options", [[], ["--shard-bytes", "50kB"]])
+def test_ctrl_c_leaves_nothing_behind(many: list[Path], options: list[str]) -> None:
+    folder = many[0].parent
+    process = start_slowly("average", *many, "-o", folder / "out", *options)
     wait_for(lambda: any(p.name.startswith(".polyak-") for p in folder.iterdir()))
     process.send_signal(signal.SIGINT)
     printed, said = process.communicate(timeout=60)
@@ -682,9 +1201,31 @@ def test_ctrl_c_leaves_nothing_behind(large: list[Path], options: list[str]) -> 
     assert names_in(folder) == {"a.safetensors", "b.safetensors"}
 
 
-def test_what_a_killed_run_leaves_the_next_removes(large: list[Path]) -> None:
-    folder = large[0].parent
-    process = start("average", *large, "-o", folder / "out")
+@pytest.mark.parametrize("options", [[], ["--std", "0.08"]])
+def test_ctrl_c_leaves_no_part_of_what_is_reconstructed(
+    many: list[Path], options: list[str]
+) -> None:
+    folder = many[0].parent
+    for path, decay in zip(many, (PowerLaw(0.05), PowerLaw(0.10)), strict=True):
+        history = History("a run")
+        for _ in range(100):
+            history.tick(decay, 1)
+        tensors = {f"t{n}": torch.ones(1250) for n in range(40)}
+        facts = {"averaged": list(tensors), "history": history.to_dict()}
+        files.write(path, tensors, facts)
+    arguments = [*many, "--std", "0.07", *options, "--limit", "inf"]
+    process = start_slowly("reconstruct", *arguments, "-o", folder / "out")
+    wait_for(lambda: any(p.name.startswith(".polyak-") for p in folder.iterdir()))
+    process.send_signal(signal.SIGINT)
+    printed, said = process.communicate(timeout=60)
+    assert (process.returncode, printed) == (130, "")
+    assert said == "polyak: stopped by Ctrl-C, and nothing was written\n"
+    assert names_in(folder) == {"a.safetensors", "b.safetensors"}
+
+
+def test_what_a_killed_run_leaves_the_next_removes(many: list[Path]) -> None:
+    folder = many[0].parent
+    process = start_slowly("average", *many, "-o", folder / "out")
     wait_for(lambda: any(p.name.startswith(".polyak-") for p in folder.iterdir()))
     process.kill()
     process.communicate(timeout=60)
@@ -742,7 +1283,7 @@ def test_the_page_shows_what_the_commands_print(
 
 def test_help_examples_are_ones_that_can_be_typed() -> None:
 
-    for name in ("average", "inspect", "convert"):
+    for name in COMMANDS:
         words = run(name, "--help").stdout
         examples = re.findall(rf"^ +polyak {name} (.*?)(?:   .*)?$", words, re.M)
         assert len(examples) >= 3

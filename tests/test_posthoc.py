@@ -31,6 +31,7 @@ from polyak.decay import (
     Uniform,
 )
 from polyak.posthoc import Snapshot, reconstruct, solve
+from polyak.posthoc.fit import fit
 from polyak.profile import History, gram, moments, weights
 from polyak.state import Facts
 
@@ -248,6 +249,22 @@ def test_what_is_exact_tends_to_the_integral_of_edm2():
         assert fine[0] < coarse[0] / 9
     assert differences[-1][0] < 1e-3
     assert differences[-1][1] < 0.02
+
+
+def test_any_can_be_left_out_of_one_matrix_of_products():
+    """The fit of a part of the files, from the products of all, is that of these files alone."""
+    histories = snapshots(4)
+    target = solve(histories, PowerLaw(0.08)).history
+    products, units = gram([*histories, target]), [F32] * len(histories)
+    for left_out in range(len(histories) - 1):
+        kept = [i for i in range(len(histories)) if i != left_out]
+        found = fit(products[kept][:, kept], products[kept, -1], products[-1, -1].item(), units[1:])
+        alone = solve([histories[i] for i in kept], target, limit=math.inf)
+        # What is left of the squares is rounded to a few ulp of products, as a share of |p|^2.
+        slack = 64 * F64 * (1 + alone.amplification) ** 2
+        assert abs(found.error**2 - alone.predicted_error**2) <= slack
+        assert found.coefficients == pytest.approx(alone.coefficients, abs=1e-9)
+        assert found.noise == math.fsum(abs(c) * F32 for c in found.coefficients)
 
 
 # What is found ----------------------------------------------------------------------------------

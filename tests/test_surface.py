@@ -50,8 +50,49 @@ ARROWS = {
     "writers": {"checkpoint", "decay", "files", "producers", "selection"},
     "formats": {"checkpoint", "decay", "files", "producers", "selection", "writers"},
     "examine": {"checkpoint", "files", "formats", "state"},
-    "posthoc": {"checkpoint", "combine", "decay", "files", "profile"},
-    "cli": {"checkpoint", "combine", "examine", "files", "formats", "selection"},
+    "posthoc": {
+        *("posthoc.curve", "posthoc.horizon", "posthoc.reconstruction", "posthoc.solution"),
+        "posthoc.stored",
+    },
+    "posthoc.curve": {"decay"},
+    "posthoc.fit": {"profile"},
+    "posthoc.stored": {"checkpoint", "files", "profile", "selection"},
+    "posthoc.solution": {"decay", "files", "posthoc.fit", "posthoc.stored", "profile"},
+    "posthoc.reconstruction": {
+        *("checkpoint", "combine", "decay", "files", "profile", "selection"),
+        *("posthoc.fit", "posthoc.solution", "posthoc.stored"),
+    },
+    "posthoc.reach": {"decay", "posthoc.fit", "posthoc.solution", "posthoc.stored", "profile"},
+    "posthoc.horizon": {
+        *("decay", "files", "profile", "selection", "posthoc.curve", "posthoc.fit"),
+        *("posthoc.reach", "posthoc.reconstruction", "posthoc.solution", "posthoc.stored"),
+    },
+    "snapshots": {
+        *("checks", "decay", "ema", "engine", "files", "posthoc.fit", "profile", "selection"),
+    },
+    "plot": {
+        *("decay", "files", "posthoc", "posthoc.fit", "posthoc.solution", "posthoc.stored"),
+        "profile",
+    },
+    "cli": {
+        *("cli.averaging", "cli.converting", "cli.inspecting", "cli.plotting"),
+        *("cli.program", "cli.reconstructing"),
+    },
+    "cli.told": set(),
+    "cli.program": {"cli.told"},
+    "cli.asked": {"checkpoint", "formats"},
+    "cli.averages": {"cli.asked", "cli.told", "decay", "examine", "profile"},
+    "cli.averaging": {
+        *("checkpoint", "cli.asked", "cli.program", "cli.told"),
+        *("combine", "files", "selection"),
+    },
+    "cli.inspecting": {"cli.asked", "cli.program", "cli.told", "examine"},
+    "cli.converting": {"cli.asked", "cli.told", "formats"},
+    "cli.reconstructing": {
+        *("cli.asked", "cli.averages", "cli.program", "cli.told"),
+        *("decay", "files", "posthoc"),
+    },
+    "cli.plotting": {"cli.asked", "cli.averages", "cli.told", "decay", "plot", "posthoc"},
     "__main__": {"cli"},
     "ema": {
         *("attach", "batchnorm", "callers", "checks", "decay", "engine", "files"),
@@ -62,7 +103,13 @@ ARROWS = {
 
 # What the package may import from outside the standard library, and what one module may besides.
 OUTSIDE = {"torch", "safetensors"}
-BESIDES = {"cli": {"rich", "typer"}, "engine.triton_lerp": {"triton"}}
+BESIDES = {
+    **dict.fromkeys([module for module in ARROWS if module.startswith("cli")], {"typer"}),
+    "cli.told": {"rich", "typer"},
+    "cli.plotting": {"matplotlib", "typer"},  # matplotlib for its types alone
+    "plot": {"matplotlib"},
+    "engine.triton_lerp": {"triton"},
+}
 
 SURFACE = {
     "EMA": "(model: 'nn.Module', decay: 'DecayLike | float | None' = None, *, "
@@ -73,6 +120,8 @@ SURFACE = {
     "tick: 'int' = 1) -> 'Attachment'",
     "EMA.averages": "property",
     "EMA.clock": "property",
+    "EMA.contents": "(self, *, dtype: 'torch.dtype | None' = None, "
+    "averages_only: 'bool' = False) -> 'tuple[dict[str, files.Lazy], dict[str, Any]]'",
     "EMA.copy_to": "(self, module: 'nn.Module') -> 'None'",
     "EMA.decay": "property",
     "EMA.history": "property",

@@ -47,9 +47,11 @@ _ROOMS = (
     "combine",
     "examine",
     "files",
+    "plot",
     "posthoc",
     "profile",
     "report",
+    "snapshots",
 )
 
 if not TYPE_CHECKING:  # a type checker would take it for a promise of any name

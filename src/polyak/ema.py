@@ -434,40 +434,10 @@ class EMA:
             OSError: the file cannot be written; an older one of that name is untouched.
             RuntimeError: the processes have not made the same updates, or another one failed.
         """
-        checks.refuse_unwritable(dtype)
         if shard_bytes is not None:
             checks.positive("shard_bytes", shard_bytes)
         view = self._look()
-        names = _names_in(view.tree, part)
-        exported = {key: value for key, value in self._exported(view).items() if key in names}
-        left_out = [names[key] for key in view.tree.extra if key in names]
-        if self._history is None:
-            warnings.warn(
-                "this EMA has made no update, so that what is saved is the model itself; call "
-                "update() after each optimizer step, or attach(optimizer) once",
-                stacklevel=2,
-            )
-        self._warn_of_dominance(stacklevel=3)
-        self._warn_of_nonfinite()
-        if left_out and not averages_only:
-            warnings.warn(
-                "what is no dense tensor cannot be written to this file, and is left out:"
-                f"{listed(left_out)}\nmodel_state_dict() has it, for torch.save",
-                stacklevel=2,
-            )
-        known = set(self._averages or view.average)
-        averaged = [key for key in exported if view.name(key) in known]
-        tensors = {}
-        for key in averaged if averages_only else exported:
-            own = None if averages_only else view.tree.by_name[key].tensor.dtype
-            tensors[names[key]] = _lazy(key, exported[key], dtype or own)
-        facts = {
-            "producer": f"polyak {importlib.metadata.version('polyak')}",
-            "part": part,
-            "averaged": [names[key] for key in averaged],
-            "reestimated": [names[key] for key in sorted(self._statistics) if key in names],
-            "left_out": sorted(left_out),
-        }
+        tensors, facts = self._contents(view, part, dtype, averages_only)
         groups = engine.groups(slot.tensor for slot in view.tree.slots)
         with _lock:  # no update of another thread while the file is written
             facts |= self._facts()
@@ -481,6 +451,43 @@ class EMA:
                 together.write(writer, {name: tensors[name] for name in order}, groups)
             else:
                 writer(tensors)
+
+    def contents(
+        self, *, dtype: torch.dtype | None = None, averages_only: bool = False
+    ) -> tuple[dict[str, files.Lazy], dict[str, Any]]:
+        """Return what `save` writes, for whoever stores it elsewhere: tensors by name, and facts.
+
+        Nothing is copied: read the tensors before the next update. `files.write(path, *contents)`
+        is `save`.
+
+        >>> from torch import nn
+        >>> ema = EMA(nn.Linear(2, 1), 0.5)
+        >>> ema.update()
+        >>> tensors, facts = ema.contents()
+        >>> sorted(tensors), tensors["bias"].shape, facts["clock"]
+        (['bias', 'weight'], torch.Size([1]), 1)
+
+        Args:
+            dtype: as for `save`.
+            averages_only: as for `save`.
+
+        Returns:
+            For each name what reads the tensor, once, where the average is; and the fact sheet, of
+            plain JSON values.
+
+        Raises:
+            ValueError: as for `save`, or the model is sharded: then its processes have to write
+                together, as `save` does.
+        """
+        view = self._look()
+        if engine.groups(slot.tensor for slot in view.tree.slots):
+            raise ValueError(
+                "the averages are spread over several processes, and what one of them has is no "
+                "file: call save() on all of them"
+            )
+        tensors, facts = self._contents(view, "", dtype, averages_only)
+        with _lock:
+            return tensors, facts | self._facts()
 
     def reestimate_statistics(self, batches: Iterable[Any], limit: int | None = None) -> None:
         """Re-estimate the BatchNorm statistics by running the averaged model over data.
@@ -1079,6 +1086,42 @@ class EMA:
             for key, slot in view.tree.entries.items()
         }
 
+    def _contents(
+        self, view: View, part: str, dtype: torch.dtype | None, averages_only: bool
+    ) -> tuple[dict[str, files.Lazy], dict[str, Any]]:
+        """Return what is written, and what is said of it beside `_facts`."""
+        checks.refuse_unwritable(dtype)
+        names = _names_in(view.tree, part)
+        exported = {key: value for key, value in self._exported(view).items() if key in names}
+        left_out = [names[key] for key in view.tree.extra if key in names]
+        if self._history is None:
+            warnings.warn(
+                "this EMA has made no update, so that what is saved is the model itself; call "
+                "update() after each optimizer step, or attach(optimizer) once",
+                stacklevel=3,
+            )
+        self._warn_of_dominance(stacklevel=4)
+        self._warn_of_nonfinite()
+        if left_out and not averages_only:
+            warnings.warn(
+                "what is no dense tensor cannot be written to this file, and is left out:"
+                f"{listed(left_out)}\nmodel_state_dict() has it, for torch.save",
+                stacklevel=3,
+            )
+        known = set(self._averages or view.average)
+        averaged = [key for key in exported if view.name(key) in known]
+        tensors = {}
+        for key in averaged if averages_only else exported:
+            own = None if averages_only else view.tree.by_name[key].tensor.dtype
+            tensors[names[key]] = _lazy(key, exported[key], dtype or own)
+        return tensors, {
+            "producer": f"polyak {importlib.metadata.version('polyak')}",
+            "part": part,
+            "averaged": [names[key] for key in averaged],
+            "reestimated": [names[key] for key in sorted(self._statistics) if key in names],
+            "left_out": sorted(left_out),
+        }
+
     # -------------------------------------------------------------- facts and warnings, inside
 
     def _facts(self) -> dict[str, Any]:
@@ -1324,7 +1367,7 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the whole tensor in a dtype that can hold its values."""
     tensor = engine.whole(tensor)
     cast = tensor.to(dtype)
-    if engine.nonfinite([cast]) and not engine.nonfinite([tensor]):
+    if cast is not tensor and engine.nonfinite([cast]) and not engine.nonfinite([tensor]):
         raise ValueError(
             f"{name} has values that {dtype} cannot hold, up to {float(tensor.abs().max()):.3g}; "
             "save with dtype=torch.float32 or torch.bfloat16"

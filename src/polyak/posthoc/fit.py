@@ -1,0 +1,121 @@
+"""FIT: how near a sum of some profiles comes to another one. Numbers, no files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from polyak.profile import History, gram
+
+__all__ = ["LIMIT", "NOISE", "Fit", "fit", "fits"]
+
+LIMIT = 0.2
+"""The largest predicted error, by default."""
+
+NOISE = 0.01
+"""The largest storage noise."""
+
+_SAME = 1e-6  # a relative difference of profiles below which they are one: rounding of float32
+_TOGETHER = 8  # of each pass over the ticks; of more, their products with one another take longer
+_RANK = 1e-10  # the smallest eigenvalue that counts, as a share of the largest; see `solve`
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How near some stored averages come to another one.
+
+    Attributes:
+        coefficients: one for each of them.
+        error: the distance of the profiles, as a share of the wanted one's length.
+        amplification: the sum of the sizes of the coefficients.
+        noise: what rounding adds at most, as a share of the largest value.
+    """
+
+    coefficients: list[float]
+    error: float
+    amplification: float
+    noise: float
+
+    def within(self, limit: float) -> bool:
+        """Whether it is good enough: the error within the limit, the noise within `NOISE`."""
+        return self.error <= limit and self.noise <= NOISE
+
+
+def fits(
+    histories: Sequence[History], roundings: Sequence[float], wanted: Sequence[History]
+) -> list[Fit]:
+    """Return how near some averages come to each of others.
+
+    Args:
+        histories: of the averages that are there, at least one.
+        roundings: the unit by which the values of each are rounded.
+        wanted: the histories of the others.
+    """
+    count, found = len(histories), []
+    for first in range(0, len(wanted), _TOGETHER):
+        products = gram([*histories, *wanted[first : first + _TOGETHER]])
+        stored = products[:count, :count]
+        found += [
+            fit(stored, products[:count, number], products[number, number].item(), roundings)
+            for number in range(count, len(products))
+        ]
+    return found
+
+
+def fit(stored: Tensor, with_target: Tensor, square: float, roundings: Sequence[float]) -> Fit:
+    """Return how near some averages come to another one, from the products of their profiles.
+
+    min |sum_i c_i p_i - p| subject to sum_i c_i = 1. Of one `gram`, any of the averages can be
+    left out: `fit(stored[kept][:, kept], with_target[kept], ...)`.
+
+    >>> p = torch.tensor([[1.0, 0.0], [0.5, 0.5]], dtype=torch.float64)
+    >>> target = torch.tensor([0.75, 0.25], dtype=torch.float64)
+    >>> found = fit(p @ p.T, p @ target, (target @ target).item(), [0.0, 0.0])
+    >>> [round(coefficient, 6) for coefficient in found.coefficients]
+    [0.5, 0.5]
+
+    Args:
+        stored: the inner products of their profiles, [n, n], float64.
+        with_target: those with the profile of the wanted one, [n], float64.
+        square: that of the wanted one with itself.
+        roundings: the unit by which the values of each are rounded, n of them.
+    """
+    distances = stored.diagonal() - 2 * with_target + square
+    if distances.min() <= _SAME**2 * square:
+        row = torch.zeros_like(with_target)
+        row[distances.argmin()] = 1.0
+    else:
+        row = _least_squares(stored, with_target)
+    # What is left of the squares may be less than nothing, by rounding.
+    left = (row @ stored @ row - 2 * (row @ with_target)).item() + square
+    coefficients = row.tolist()
+    sizes = [abs(coefficient) for coefficient in coefficients]
+    return Fit(
+        coefficients=coefficients,
+        error=math.sqrt(max(left, 0.0) / square),
+        amplification=math.fsum(sizes),
+        noise=math.fsum(a * b for a, b in zip(sizes, roundings, strict=True)),
+    )
+
+
+def _least_squares(stored: Tensor, target: Tensor) -> Tensor:
+    """Return the c that minimizes c G c - 2 c g, G = stored, g = target, subject to sum c = 1.
+
+    With the profiles scaled to length 1, in the basis of the eigenvectors of G whose eigenvalues
+    are above the rounding: there G is diagonal, and the condition is one Lagrange multiplier. What
+    is equal gets equal coefficients, as it is equal in every one of these vectors.
+    """
+    lengths = stored.diagonal().sqrt()
+    values, vectors = torch.linalg.eigh(stored / torch.outer(lengths, lengths))
+    kept = values > _RANK * values[-1]
+    values, vectors = values[kept], vectors[:, kept]
+    ones = vectors.T @ (1 / lengths)
+    free = (vectors.T @ (target / lengths)) / values
+    missing = (1 - ones @ free) / (ones @ (ones / values))
+    row: Tensor = (vectors @ (free + missing * ones / values)) / lengths
+    row[row.abs().argmax()] += 1 - math.fsum(row.tolist())
+    return row
