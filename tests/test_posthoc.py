@@ -858,3 +858,29 @@ def test_statistics_that_were_estimated_for_another_average_are_told_of(tmp_path
         ema.save(paths[-1])
     with pytest.warns(UserWarning, match="2 statistics were re-estimated for the stored averages"):
         reconstruct(paths, [PowerLaw(0.2)], limit=math.inf)
+
+
+def test_what_was_reconstructed_is_as_good_as_it_was(tmp_path: Path) -> None:
+    """Its error is in what is predicted, and files without one are preferred where they do."""
+    originals = snapshots()
+    paths = stored(tmp_path, originals, walk())
+    made = tmp_path / "made.safetensors"
+    (first,) = reconstruct(paths, [PowerLaw(0.22)], [made])
+    assert first.predicted_error > 0.01
+    assert solve([made], PowerLaw(0.22)).predicted_error == pytest.approx(
+        first.predicted_error, rel=1e-6
+    )
+    exact = solve(paths, PowerLaw(0.18))
+    both = solve([*paths, made], PowerLaw(0.18))
+    assert both.predicted_error <= exact.predicted_error + 1e-6
+    few = [path for path, history in zip(paths, originals, strict=True) if history.clock > 1200]
+    found = solve([*few, made], PowerLaw(0.2), limit=math.inf)
+    assert found.coefficients[-1] != 0.0
+    coefficients = list(found.coefficients[-1] * torch.tensor(first.coefficients).double())
+    for path, coefficient in zip(few, found.coefficients, strict=False):
+        coefficients[paths.index(path)] += coefficient
+    wanted = profile([originals[0], found.history], [0.0, 1.0])
+    really = (profile(originals, coefficients) - wanted).norm() / wanted.norm()
+    without = solve(few, PowerLaw(0.2), limit=math.inf).predicted_error
+    assert really <= found.predicted_error * (1 + 1e-9)
+    assert found.predicted_error <= without

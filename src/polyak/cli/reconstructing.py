@@ -101,9 +101,9 @@ def reconstruct(
     bytes_read = sum(one.bytes for one, row in zip(found, rows, strict=True) if any(row))
     names = [f"{name}.safetensors" if shard is None else name for name in targets]
     notes = [
-        f"{one.path} was reconstructed itself, and its error of {one.error:.2%} comes on top"
-        for one in found
-        if one.error
+        f"{one.path} was reconstructed itself; its error of {one.error:.2%} is in what is predicted"
+        for one, row in zip(found, rows, strict=True)
+        if one.error and any(row)
     ]
     if not dry_run:
         with ExitStack() as stack:

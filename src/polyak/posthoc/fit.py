@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,7 +30,8 @@ class Fit:
 
     Attributes:
         coefficients: one for each of them.
-        error: the distance of the profiles, as a share of the wanted one's length.
+        error: the distance of the profiles, as a share of the wanted one's length, and what the
+            errors of the stored ones add at most.
         amplification: the sum of the sizes of the coefficients.
         noise: what rounding adds at most, as a share of the largest value.
     """
@@ -46,7 +47,10 @@ class Fit:
 
 
 def fits(
-    histories: Sequence[History], roundings: Sequence[float], wanted: Sequence[History]
+    histories: Sequence[History],
+    roundings: Sequence[float],
+    wanted: Sequence[History],
+    errors: Sequence[float] | None = None,
 ) -> list[Fit]:
     """Return how near some averages come to each of others.
 
@@ -54,23 +58,33 @@ def fits(
         histories: of the averages that are there, at least one.
         roundings: the unit by which the values of each are rounded.
         wanted: the histories of the others.
+        errors: by what share of its length the profile of each differs from that of its history;
+            by default by nothing.
     """
     count, found = len(histories), []
     for first in range(0, len(wanted), _TOGETHER):
         products = gram([*histories, *wanted[first : first + _TOGETHER]])
         stored = products[:count, :count]
+        squares = products.diagonal().tolist()
         found += [
-            fit(stored, products[:count, number], products[number, number].item(), roundings)
+            fit(stored, products[:count, number], squares[number], roundings, errors)
             for number in range(count, len(products))
         ]
     return found
 
 
-def fit(stored: Tensor, with_target: Tensor, square: float, roundings: Sequence[float]) -> Fit:
+def fit(
+    stored: Tensor,
+    with_target: Tensor,
+    square: float,
+    roundings: Sequence[float],
+    errors: Sequence[float] | None = None,
+) -> Fit:
     """Return how near some averages come to another one, from the products of their profiles.
 
     min |sum_i c_i p_i - p| subject to sum_i c_i = 1. Of one `gram`, any of the averages can be
-    left out: `fit(stored[kept][:, kept], with_target[kept], ...)`.
+    left out: `fit(stored[kept][:, kept], with_target[kept], ...)`. Those with an error are, where
+    that is better.
 
     >>> p = torch.tensor([[1.0, 0.0], [0.5, 0.5]], dtype=torch.float64)
     >>> target = torch.tensor([0.75, 0.25], dtype=torch.float64)
@@ -83,7 +97,30 @@ def fit(stored: Tensor, with_target: Tensor, square: float, roundings: Sequence[
         with_target: those with the profile of the wanted one, [n], float64.
         square: that of the wanted one with itself.
         roundings: the unit by which the values of each are rounded, n of them.
+        errors: as for `fits`.
     """
+    errors = [0.0] * len(roundings) if errors is None else errors
+    exact = [number for number, error in enumerate(errors) if not error]
+    found = _fit(stored, with_target, square, roundings, errors)
+    if not 0 < len(exact) < len(errors):
+        return found
+    units = [roundings[number] for number in exact]
+    other = _fit(stored[exact][:, exact], with_target[exact], square, units, [0.0] * len(exact))
+    if found.error <= other.error + _SAME:
+        return found
+    coefficients = [0.0] * len(errors)
+    for number, coefficient in zip(exact, other.coefficients, strict=True):
+        coefficients[number] = coefficient
+    return replace(other, coefficients=coefficients)
+
+
+def _fit(
+    stored: Tensor,
+    with_target: Tensor,
+    square: float,
+    roundings: Sequence[float],
+    errors: Sequence[float],
+) -> Fit:
     distances = stored.diagonal() - 2 * with_target + square
     if distances.min() <= _SAME**2 * square:
         row = torch.zeros_like(with_target)
@@ -94,9 +131,11 @@ def fit(stored: Tensor, with_target: Tensor, square: float, roundings: Sequence[
     left = (row @ stored @ row - 2 * (row @ with_target)).item() + square
     coefficients = row.tolist()
     sizes = [abs(coefficient) for coefficient in coefficients]
+    lengths = (stored.diagonal() / square).sqrt().tolist()
+    added = math.fsum(a * b * c for a, b, c in zip(sizes, errors, lengths, strict=True))
     return Fit(
         coefficients=coefficients,
-        error=math.sqrt(max(left, 0.0) / square),
+        error=math.sqrt(max(left, 0.0) / square) + added,
         amplification=math.fsum(sizes),
         noise=math.fsum(a * b for a, b in zip(sizes, roundings, strict=True)),
     )

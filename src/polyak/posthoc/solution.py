@@ -51,6 +51,8 @@ class Solution:
             states differ from their mean by independent noise, the error is this share of the
             deviation of the wanted average; always it is, in each element, at most
             `|sum_i c_i p_i - p|` times the L2 norm of the deviations of all states from their mean.
+            Of stored averages that were reconstructed themselves, with errors e_i of their own,
+            `sum_i |c_i| e_i |p_i| / |p|` is added.
         amplification: `sum_i |c_i|`, by which what was rounded off the stored averages grows.
         storage_noise: `sum_i |c_i| u_i`, u_i the rounding unit of what is stored: the most that
             rounding adds, as a share of the largest stored value of an element.
@@ -153,7 +155,12 @@ def stored_by(files: Sequence[File], clock: int) -> list[int]:
 
 def fits_of(files: Sequence[File], wanted: Sequence[History]) -> list[Fit]:
     """Return how near files come to each of some averages."""
-    return fits([file.history for file in files], [file.rounding for file in files], wanted)
+    return fits(
+        [file.history for file in files],
+        [file.rounding for file in files],
+        wanted,
+        [file.error for file in files],
+    )
 
 
 def history_of(histories: Sequence[History], target: Average, at: int | None) -> History:

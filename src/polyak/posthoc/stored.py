@@ -48,6 +48,11 @@ class File:
     facts: Mapping[str, Any] | None = None
 
     @property
+    def error(self) -> float:
+        """By what share of its length its profile may differ: of what was reconstructed itself."""
+        return float((self.facts or {}).get("predicted_error", 0.0))
+
+    @property
     def averaged(self) -> frozenset[str] | None:
         """The names of the averages in it, or None where all of its tensors are alike."""
         names = (self.facts or {}).get("averaged")
