@@ -2,6 +2,7 @@
 #   make demo    set up, train on real data, show what averaging gives
 #   make test    set up, run every test
 #   make ssl     self-supervised and semi-supervised learning on real images, and a report of it
+#   make horizon a small diffusion model of real images, and how far back its average should look
 #   make bench   the speed of updates, beside the limit of the machine and the newest peers
 # `CONSTRAINTS=/dev/null make test` tests against whatever torch resolves to.
 
@@ -15,7 +16,7 @@ BENCH := .venv-bench
 export PIP_CONSTRAINT := $(abspath $(CONSTRAINTS))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo ssl bench test lint types docs wheel format clean
+.PHONY: demo ssl horizon bench test lint types docs wheel format clean
 
 demo: $(VENV)/.ready
 	$(RUN) examples/teacher_student.py
@@ -23,6 +24,9 @@ demo: $(VENV)/.ready
 
 ssl: $(VENV)/.ready
 	$(RUN) examples/ssl/report.py
+
+horizon: $(VENV)/.ready
+	$(RUN) examples/choose_the_horizon.py
 
 bench: $(BENCH)/.ready
 	$(BENCH)/bin/python benchmarks/update.py --out docs

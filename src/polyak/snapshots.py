@@ -350,11 +350,12 @@ class _Writer:
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return copies, which stay as they are until the next call with this label."""
         copies, devices = {}, set()
-        for name, lazy in tensors.items():
-            source = lazy.read()
-            copies[name] = self._buffer((label, name), source)
-            copies[name].copy_(source, non_blocking=True)
-            devices |= {source.device} if source.is_cuda else set()
+        with engine.unrecorded():
+            for name, lazy in tensors.items():
+                source = lazy.read()
+                copies[name] = self._buffer((label, name), source)
+                copies[name].copy_(source, non_blocking=source.is_cuda)
+                devices |= {source.device} if source.is_cuda else set()
         for device in devices:
             self._events.append(torch.cuda.Event())  # type: ignore[no-untyped-call]
             self._events[-1].record(torch.cuda.current_stream(device))
