@@ -104,7 +104,7 @@ ARROWS = {
 # What the package may import from outside the standard library, and what one module may besides.
 OUTSIDE = {"torch", "safetensors"}
 BESIDES = {
-    **dict.fromkeys([module for module in ARROWS if module.startswith("cli")], {"typer"}),
+    **{module: {"typer"} for module in ARROWS if module.startswith("cli")},
     "cli.told": {"rich", "typer"},
     "cli.plotting": {"matplotlib", "typer"},  # matplotlib for its types alone
     "plot": {"matplotlib"},
