@@ -645,6 +645,10 @@ def test_the_page_shows_what_was_measured_on_a_gpu() -> None:
         for (model, dtype), time in ours.items()
     )
     assert said in (DOCS / "benchmark.md").read_text()
+    llama = "Llama 3.2 1B", "bfloat16"
+    words = " ".join((DOCS.parent / "README.md").read_text().split())
+    assert f"at {shares[llama]:.0%}".replace("%", " %") + " of a copy's bandwidth" in words
+    assert f"takes {fastest[llama] / ours[llama]:.1f} times as long" in words
 
 
 # -------------------------------------------------------------- the jobs and the command

@@ -45,7 +45,7 @@ ARROWS = {
     "files": set(),
     "together": {"engine", "files"},
     "checkpoint": {"files"},
-    "combine": {"checkpoint", "files"},
+    "combine": {"checkpoint", "files", "selection"},
     "producers": {"checkpoint", "decay", "files", "selection"},
     "writers": {"checkpoint", "decay", "files", "producers", "selection"},
     "formats": {"checkpoint", "decay", "files", "producers", "selection", "writers"},

@@ -23,6 +23,7 @@ from torch import Tensor
 from polyak import files
 from polyak.checkpoint import Stored
 from polyak.files import Promise, Put, StrPath
+from polyak.selection import listed
 
 __all__ = ["Outline", "Target", "combine", "ema", "lr_decay", "outline", "uniform"]
 
@@ -118,7 +119,7 @@ def combine(
     if unmatched == "refuse" and plan.differences:
         raise ValueError(
             f"the checkpoints differ in {len(plan.differences)} tensors:"
-            f"{_listed(plan.differences)}\npass unmatched='drop' to leave these out, or 'keep' to "
+            f"{listed(plan.differences)}\npass unmatched='drop' to leave these out, or 'keep' to "
             "take them from the newest checkpoint that has them"
         )
     with ExitStack() as stack:
@@ -298,11 +299,6 @@ def _difference(name: str, kinds: Sequence[Stored | None]) -> str:
 def _numbered(numbers: Sequence[int]) -> str:
     shown = ", ".join(map(str, numbers[:10])) + (", ..." if len(numbers) > 10 else "")
     return f"checkpoint{'s' if len(numbers) > 1 else ''} {shown}"
-
-
-def _listed(lines: Sequence[str], most: int = 20) -> str:
-    more = [f"... and {len(lines) - most} more"] if len(lines) > most else []
-    return "".join(f"\n  {line}" for line in [*lines[:most], *more])
 
 
 def _checked(coefficients: Sequence[float], count: int) -> list[float]:
