@@ -86,7 +86,8 @@ def go_on(layout: Layout, checkpoint: Path) -> None:
 
 def without_run(ema: EMA) -> dict[str, Any]:
     facts = json.loads(ema.state_dict()["facts"])
-    return facts | {"history": {k: v for k, v in facts["history"].items() if k != "run"}}
+    ids = ("run", "branches")
+    return facts | {"history": {k: v for k, v in facts["history"].items() if k not in ids}}
 
 
 class Training(Stateful):

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from polyak import checkpoint, files
-from polyak.checkpoint import opened
+from polyak.checkpoint import opened, pieces
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -241,7 +241,7 @@ def test_of_a_piece_of_a_dcp_only_what_is_asked_for_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not all of it, which may be larger than memory."""
-    monkeypatch.setattr(checkpoint, "_dcp_value", lambda *_: pytest.fail("was read whole"))
+    monkeypatch.setattr(pieces, "read_value", lambda *_: pytest.fail("was read whole"))
     for name, boxes in (("rows", ROWS), ("columns", COLUMNS)):
         whole = torch.randn(4, 6, 2)
         pieces_of(whole, boxes, tmp_path / name, FORMS["in order"])

@@ -392,7 +392,7 @@ def test_inspect_reads_headers_only(saved: Path, monkeypatch: pytest.MonkeyPatch
     def never(*_: object) -> None:
         raise AssertionError("a tensor was read")
 
-    monkeypatch.setattr("polyak.checkpoint._pread", never)
+    monkeypatch.setattr("polyak.checkpoint.safetensors.read_elements", never)
     run("inspect", saved)
     done = run("inspect", saved, "--verify", code=1)
     assert isinstance(done.exception, AssertionError)
@@ -658,7 +658,7 @@ def test_reconstruct_dry_run_tells_the_same_and_reads_no_tensor(
     arguments = ["reconstruct", whole_run, "--std", "0.08", "-o", out]
     done = parsed(*arguments)
     out.unlink()
-    monkeypatch.setattr("polyak.checkpoint._pread", never)
+    monkeypatch.setattr("polyak.checkpoint.safetensors.read_elements", never)
     told = parsed(*arguments, "--dry-run")
     assert {**told, "written": True} == done
     assert names_in(out.parent) == set()

@@ -884,3 +884,51 @@ def test_what_was_reconstructed_is_as_good_as_it_was(tmp_path: Path) -> None:
     without = solve(few, PowerLaw(0.2), limit=math.inf).predicted_error
     assert really <= found.predicted_error * (1 + 1e-9)
     assert found.predicted_error <= without
+
+
+def test_steps_that_were_made_twice_are_not_mixed(tmp_path: Path) -> None:
+    """A run goes on from an earlier checkpoint: its files and those that it had gone on to."""
+    model = nn.Linear(3, 3)
+    emas = [EMA(model, decay) for decay in WIDTHS]
+    kept: list[Path] = []
+
+    def train(emas: Sequence[EMA], steps: range, name: str) -> list[Path]:
+        found = []
+        for step in steps:
+            nn.init.normal_(emas[0]._model.weight)
+            for number, ema in enumerate(emas):
+                ema.update(step)
+                if step % 20 == 0:
+                    found.append(tmp_path / f"{name}-{number}-{step}.safetensors")
+                    ema.save(found[-1], dtype=torch.float32)
+        return found
+
+    kept = train(emas, range(1, 101), "kept")
+    states = [ema.state_dict() for ema in emas]
+    torch.save([model.state_dict(), states], tmp_path / "state.pt")
+    given_up = train(emas, range(101, 161), "given-up")
+    weights, states = torch.load(tmp_path / "state.pt", weights_only=True)
+    model = nn.Linear(3, 3)
+    model.load_state_dict(weights)
+    emas = [EMA(model, decay) for decay in WIDTHS]
+    for ema, state in zip(emas, states, strict=True):
+        ema.load_state_dict(state)
+    emas.append(EMA(model, Constant(0.5)))  # which begins here
+    gone_on = train(emas, range(101, 201), "gone-on")
+
+    solution = solve([*kept, *gone_on], PowerLaw(0.07))
+    assert solution.predicted_error < 0.1
+    assert solve([*kept, *given_up], PowerLaw(0.07)).at == 160
+    pattern = (
+        r"6 of the 31 averages are of other steps than (.|\n)*given-up-0-120(.|\n)*leave these"
+    )
+    with pytest.raises(ValueError, match=pattern):
+        solve([*kept, *gone_on, *given_up], PowerLaw(0.07))
+    plain = Snapshot(tmp_path / "state.pt", 100, place="0")
+    mixed = solve([*kept[:6], *gone_on, plain], PowerLaw(0.07))
+    without = solve([*kept[:6], *gone_on], PowerLaw(0.07))
+    assert mixed.predicted_error <= without.predicted_error + 1e-6
+    history = emas[0].history
+    assert history is not None
+    state = Snapshot(tmp_path / "state.pt", 180, place="0")
+    assert solve([state], history.state(180), limit=math.inf).predicted_error == 0.0

@@ -861,3 +861,89 @@ def test_clocks_of_tokens_do_not_overflow():
     clocks, _ = weights(history)
     assert clocks[-1] == history.clock == 10**17 + 7
     assert clocks.diff().max() - clocks.diff().min() <= 1
+
+
+# Branches ---------------------------------------------------------------------------------------
+
+
+def ticked(history, count, decay=None):
+    decay = decay or PowerLaw(0.1)
+    for _ in range(count):
+        history.tick(decay, 1)
+    return history
+
+
+def shared_until(a, b, shared):
+    """The inner product of two profiles that share the states up to a clock."""
+    (clocks_a, shares_a), (clocks_b, shares_b) = weights(a), weights(b)
+    found = dict(zip(clocks_b.tolist(), shares_b.tolist(), strict=True))
+    pairs = zip(clocks_a.tolist(), shares_a.tolist(), strict=True)
+    return sum(share * found.get(clock, 0.0) for clock, share in pairs if clock <= shared)
+
+
+def test_states_after_a_branch_are_not_shared():
+    """Up to it they are, whatever the decays, and after it by those of one name."""
+    first = ticked(History("a run"), 300)
+    second = ticked(History("a run"), 100)
+    other = ticked(History("a run"), 100, Constant(0.99))
+    for history, decay in ((second, PowerLaw(0.1)), (other, Constant(0.99))):
+        history.branch("once more")
+        ticked(history, 150, decay)
+    third = ticked(History("a run", origin=120), 0)
+    third.branch("once more", 100)
+    ticked(third, 130)
+    products = gram([first, second, other, third])
+    whole = 10**6
+    for (i, j), shared in {
+        (0, 1): 100,
+        (0, 2): 100,
+        (1, 2): whole,
+        (0, 3): 100,
+        (1, 3): whole,
+    }.items():
+        pair = [first, second, other, third][i], [first, second, other, third][j]
+        assert products[i, j].item() == pytest.approx(shared_until(*pair, shared), rel=1e-12)
+    assert products[0, 1] < shared_until(first, second, whole) / 10
+
+
+def test_which_histories_diverge():
+    trunk, resumed, again = (ticked(History("a run"), 100) for _ in range(3))
+    resumed.branch("b")
+    again.branch("c")
+    assert not trunk.diverges(resumed), "nothing has followed yet"
+    for history in (resumed, again):
+        ticked(history, 50)
+    assert not trunk.diverges(resumed), "at the clocks that both tell of they are one"
+    assert resumed.diverges(again)
+    assert again.diverges(resumed)
+    ticked(trunk, 10)
+    assert trunk.diverges(resumed)
+    assert not trunk.until(100).diverges(resumed)
+    assert resumed.state(105).diverges(trunk.state(105))
+    assert not resumed.state(100).diverges(trunk.state(100))
+    late = History("a run", origin=130)
+    late.branch("b", 100)
+    assert not late.diverges(resumed)
+    assert late.diverges(again)
+
+
+def test_branches_are_written_down():
+    """Where something has followed; what never branched is written as it always was."""
+    history = ticked(History("a run"), 10)
+    before = history.to_dict()
+    assert "branches" not in before
+    history.branch("first try")
+    history.branch("b")
+    assert history.to_dict() == before
+    ticked(history, 5)
+    values = history.to_dict()
+    assert values["branches"] == [[10, "b"]]
+    assert History.from_dict(values) == history
+    assert history.until(10).to_dict() == before
+    assert history.under(Uniform()).branches == ((10, "b"),)
+    later = ticked(History("a run", origin=20), 5)
+    later.branch("c", 18)
+    assert history.then(later).branches == ((10, "b"), (18, "c"))
+    for wrong in ([[10]], [[-1, "b"]], [["b", 10]], 7):
+        with pytest.raises(ValueError, match="no tick history"):
+            History.from_dict(values | {"branches": wrong})

@@ -128,7 +128,8 @@ def without_run(state: Mapping[str, Any]) -> dict[str, Any]:
     """Drop from an EMA's state the ids that two runs never share; read the facts as JSON."""
     facts = json.loads(state["facts"])
     if facts["history"] is not None:
-        facts["history"] = {k: v for k, v in facts["history"].items() if k not in ("run", "start")}
+        ids = ("run", "start", "branches")
+        facts["history"] = {k: v for k, v in facts["history"].items() if k not in ids}
     return {"averages": dict(state["averages"]), "facts": facts}
 
 

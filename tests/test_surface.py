@@ -44,7 +44,37 @@ ARROWS = {
     "batchnorm": set(),
     "files": set(),
     "together": {"engine", "files"},
-    "checkpoint": {"files"},
+    "checkpoint": {"checkpoint.content", "checkpoint.opening", "checkpoint.stored"},
+    "checkpoint.archive": set(),
+    "checkpoint.boxes": set(),
+    "checkpoint.broken": set(),
+    "checkpoint.content": {"checkpoint.broken", "checkpoint.stored"},
+    "checkpoint.dcp": {
+        *("checkpoint.boxes", "checkpoint.broken", "checkpoint.content", "checkpoint.metadata"),
+        *("checkpoint.pieces", "checkpoint.stored", "files"),
+    },
+    "checkpoint.elements": {"checkpoint.broken"},
+    "checkpoint.index": {
+        *("checkpoint.broken", "checkpoint.content", "checkpoint.stored"),
+        "checkpoint.strict_json",
+    },
+    "checkpoint.metadata": {"files"},
+    "checkpoint.opening": {
+        *("checkpoint.broken", "checkpoint.content", "checkpoint.dcp", "checkpoint.index"),
+        *("checkpoint.safetensors", "checkpoint.saved", "files"),
+    },
+    "checkpoint.pieces": {
+        *("checkpoint.archive", "checkpoint.broken", "checkpoint.elements", "checkpoint.stored"),
+    },
+    "checkpoint.safetensors": {
+        *("checkpoint.broken", "checkpoint.content", "checkpoint.elements", "checkpoint.stored"),
+        *("checkpoint.strict_json", "files"),
+    },
+    "checkpoint.saved": {
+        *("checkpoint.archive", "checkpoint.broken", "checkpoint.content", "checkpoint.stored"),
+    },
+    "checkpoint.stored": set(),
+    "checkpoint.strict_json": set(),
     "combine": {"checkpoint", "files", "selection"},
     "producers": {"checkpoint", "decay", "files", "selection"},
     "writers": {"checkpoint", "decay", "files", "producers", "selection"},

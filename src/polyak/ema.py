@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -592,6 +592,7 @@ class EMA:
                 self._broken = None
                 self._history, self._moments = facts.history, facts.moments
                 self._run = _runs[self._model] = facts.history.run
+                self._history.branch(_branch_for(self, facts.clock).name)
             self._clock, self._pending = facts.clock, facts.pending
             self._updates, self._repeats = facts.updates, facts.repeats
             self._nonfinite = self._nonfinite_told = facts.nonfinite
@@ -741,6 +742,8 @@ class EMA:
             self._averages, self._clock, self._updates, self._pending = averages, clock, 1, 0
             self._dtypes = {name: slot.tensor.dtype for name, slot in view.average.items()}
             self._history = History(self._run, clock)
+            if self._model in _branches:
+                self._history.branch(*_branches[self._model][:2])
 
     def _advance(self, history: History, clock: int, skipped: Tensor | None) -> None:
         self._finish()
@@ -1269,14 +1272,44 @@ _models = itertools.count()  # numbers the models of this process, for `_run_of`
 def _run_of(model: nn.Module) -> str:
     """Return the id of the model's run, on which all processes of a group agree."""
     if model not in _runs:
-        run = uuid.uuid4().hex
-        dist = torch.distributed
-        if dist.is_available() and dist.is_initialized() and dist.get_backend() != "fake":
-            # Whoever comes first sets it in the group's store; nobody waits for anybody.
-            store = dist.distributed_c10d._get_default_store()
-            run = store.compare_set(f"polyak/run/{next(_models)}", "", run).decode()
-        _runs[model] = run
+        _runs[model] = _agreed(f"run/{next(_models)}")
     return _runs[model]
+
+
+class _Branch(NamedTuple):
+    """What follows a checkpoint that a run is gone on with from."""
+
+    name: str
+    clock: int
+    takers: weakref.WeakSet[EMA]  # the averages that went on from it
+
+
+_branches: weakref.WeakKeyDictionary[nn.Module, _Branch] = weakref.WeakKeyDictionary()
+_resumes = itertools.count()  # numbers them, as `_models`
+
+
+def _branch_for(ema: EMA, clock: int) -> _Branch:
+    """Return the branch that begins as an average loads a state: the others' of its model.
+
+    When one of them loads again, the model has gone back, and another branch begins.
+    """
+    branch = _branches.get(ema._model)
+    if branch is None or ema in branch.takers:
+        name = _agreed(f"branch/{next(_resumes)}")
+        branch = _branches[ema._model] = _Branch(name, clock, weakref.WeakSet())
+    branch.takers.add(ema)
+    return branch
+
+
+def _agreed(key: str) -> str:
+    """Return a new name, the same on all processes of a group that ask for this key."""
+    name = uuid.uuid4().hex
+    dist = torch.distributed
+    if dist.is_available() and dist.is_initialized() and dist.get_backend() != "fake":
+        # Whoever comes first sets it in the group's store; nobody waits for anybody.
+        store = dist.distributed_c10d._get_default_store()
+        name = store.compare_set(f"polyak/{key}", "", name).decode()
+    return name
 
 
 _NO_COPY = (

@@ -3,7 +3,7 @@
 Each function returns a matplotlib `Figure`, drawn without pyplot and without state that is shared,
 so that it works in any thread and beside any other picture. The background is white and opaque, and
 what has to be told apart differs in lightness and dashes or markers as well as in color: a picture
-looks the same on a light and on a dark page, and can be read in grey. Numbers come from the rooms
+looks the same on a light and on a dark page, and can be read in gray. Numbers come from the rooms
 that know them; here they are drawn. matplotlib is imported when it is needed.
 """
 
@@ -23,7 +23,7 @@ from polyak.decay import After, Debiased, Decay, HalfLife, PowerLaw, Spec, as_de
 from polyak.files import StrPath, atomic
 from polyak.posthoc import Average, Snapshot
 from polyak.posthoc.fit import LIMIT, NOISE, Fit
-from polyak.posthoc.solution import fits_of, history_of, runs_of, solved, stored_by
+from polyak.posthoc.solution import fits_of, histories_among, history_of, solved, stored_by
 from polyak.posthoc.stored import read
 from polyak.profile import History, moments, weights
 
@@ -133,7 +133,7 @@ def approximation(
     """
     figure, (shapes, rest, parts) = _figure(7.4, [5, 2, 3])
     with ExitStack() as stack:
-        known = read(files, stack, runs_of([target]))
+        known = read(files, stack, histories_among([target]))
         solution = solved(known, target, at, math.inf)
     places = stored_by(known, solution.at)
     taken = [known[i].history for i in places]

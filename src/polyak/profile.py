@@ -149,6 +149,7 @@ class History:
         self.run = run
         self.origin = origin
         self._start = uuid.uuid4().hex if inherited else None
+        self._branches: list[tuple[int, str]] = []
         self._clock = origin
         self._ticks = 0
         self._segments: list[_Segment] = []
@@ -175,6 +176,11 @@ class History:
         return [str(s.spec.get("repr", "?")) for s in self._segments if s.decay is None]
 
     @property
+    def branches(self) -> tuple[tuple[int, str], ...]:
+        """Where the run was gone on with from a checkpoint: clocks, and names of what followed."""
+        return tuple(branch for branch in self._branches if branch[0] < self.clock)
+
+    @property
     def shift(self) -> float:
         """The most that any state's clock is off, in units of the clock; 0 unless capped."""
         return float(max((run[2] for s in self._segments for run in s.runs), default=0))
@@ -198,6 +204,56 @@ class History:
             self._clock += dt
         else:
             self._turn(as_decay(decay), dt)
+
+    def branch(self, name: str, clock: int | None = None) -> None:
+        """Record that the states that follow are of a run that goes on from a checkpoint.
+
+        From one checkpoint a run can go on more than once, and is at the same clock in another
+        state each time. So states are shared up to that clock, and after it by those of one name.
+
+        >>> first, second = History("a run"), History("a run")
+        >>> for history in (first, second):
+        ...     history.tick(0.5, 1)
+        >>> second.branch("once more")
+        >>> for history in (first, second):
+        ...     history.tick(0.5, 1)
+        >>> inner(first, second) < inner(first, first)
+        True
+
+        Args:
+            name: of what follows.
+            clock: after which it follows; by default the present one.
+        """
+        clock = self.clock if clock is None else clock
+        self._branches = [branch for branch in self._branches if branch[0] < clock]
+        self._branches.append((clock, name))
+
+    def diverges(self, other: History) -> bool:
+        """Return whether both tell of the same clocks, but of different branches there.
+
+        Args:
+            other: of the same run.
+        """
+        low, high = max(self.origin, other.origin), min(self.clock, other.clock)
+
+        def passed(history: History) -> object:
+            before = [name for clock, name in history.branches if clock < low][-1:]
+            return before, [branch for branch in history.branches if low <= branch[0] < high]
+
+        return low <= high and passed(self) != passed(other)
+
+    def state(self, clock: int) -> History:
+        """Return the history of nothing but the state that the run had at a clock.
+
+        >>> History("a run").state(7)
+        History(run='a run', origin=7, clock=7, ticks=0)
+
+        Args:
+            clock: an integer >= 0.
+        """
+        alone = History(self.run, clock)
+        alone._branches = list(self._branches)
+        return alone
 
     def under(self, decay: float | DecayLike) -> History:
         """Return what another decay would have made of the same states.
@@ -283,6 +339,7 @@ class History:
         if gap:
             joined.tick(self._decay or Constant(0.0), gap)
         joined._segments += later._with(later._segments)._segments
+        joined._branches = [*self.branches, *(b for b in later._branches if b[0] >= self.clock)]
         joined._ticks += later.ticks
         joined._clock += later.clock - later.origin
         joined._live()
@@ -290,7 +347,7 @@ class History:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the history as plain JSON values, independent of later ticks."""
-        return {
+        values = {
             "run": self.run,
             "origin": self.origin,
             "start": self._start,
@@ -299,6 +356,7 @@ class History:
                 for segment in self._segments
             ],
         }
+        return values | ({"branches": list(map(list, self.branches))} if self.branches else {})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> History:
@@ -316,6 +374,10 @@ class History:
             if start is not None and type(start) is not str:
                 raise TypeError(f"start is {start!r}")
             history._start = start
+            for clock, name in values.get("branches", ()):
+                if type(name) is not str:
+                    raise TypeError(f"a branch is called {name!r}")
+                history.branch(name, _whole(clock, 0))
             for segment in values["segments"]:
                 spec = segment["decay"]
                 opaque = isinstance(spec, dict) and spec.get("type") == "opaque"
@@ -349,6 +411,7 @@ class History:
         """Return the same average with other segments, which are copied."""
         history = History(self.run, self.origin)
         history._start, history._clock, history._ticks = self._start, self._clock, self._ticks
+        history._branches = list(self._branches)
         history._segments = [
             _Segment(segment.spec, segment.decay, [list(run) for run in segment.runs])
             for segment in segments
@@ -483,7 +546,8 @@ def moments(history: History) -> Moments:
 def inner(a: History, b: History) -> float:
     """Return the inner product of two profiles: the sum of p_a p_b over the states both have seen.
 
-    States are shared if their run and clock are the same. An inherited start is a state of its
+    States are shared if their run and clock are the same, and their branch, where the run has been
+    gone on with from a checkpoint. An inherited start is a state of its
     own, shared by the histories of that one average only, so that `inner(a, a)` is the sum of p^2.
 
     >>> a, b = History("a run"), History("a run")
@@ -569,7 +633,7 @@ class _Piece(NamedTuple):
 class _Block(NamedTuple):
     """What an average saw in a stretch of the clock; equal for all that saw it alike."""
 
-    run: str
+    run: tuple[str, str]  # and the branch of it
     origin: int | None  # the state of the run that it began with, if in this block
     pieces: tuple[_Piece, ...]
 
@@ -583,7 +647,7 @@ class _Track:
     """
 
     def __init__(self, history: History, decays: list[Decay]) -> None:
-        self._run = history.run
+        self._run, self._branches = history.run, history.branches
         self._origin = None if history.inherited else history.origin
         self._runs: list[tuple[int, int, int, int]] = []
         clock = history.origin
@@ -612,12 +676,18 @@ class _Track:
                 begin, count = begin + first * step, last - first
                 pieces.append(_Piece(decay, begin, count, count * step, 0, count))
         began = self._origin is not None and low < self._origin <= high
-        return _Block(self._run, self._origin if began else None, tuple(pieces))
+        branch = next((name for clock, name in reversed(self._branches) if clock <= low), "")
+        run = self._run, branch
+        return _Block(run, self._origin if began else None, tuple(pieces))
 
 
 def _blocks(histories: Sequence[History]) -> list[tuple[int, int]]:
-    """Return the stretches of the clock from one newest state to the next, long ones in parts."""
-    clocks = sorted({history.clock for history in histories})
+    """Return the stretches of the clock from one newest state to the next, long ones in parts.
+
+    None goes beyond where a run has branched.
+    """
+    forks = {clock for history in histories for clock, _ in history.branches}
+    clocks = sorted({history.clock for history in histories} | forks)
     most = max((history.ticks for history in histories), default=0)
     blocks, low = [], -1
     for high in clocks:

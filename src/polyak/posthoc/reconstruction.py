@@ -19,7 +19,7 @@ from polyak.checkpoint import Stored
 from polyak.decay import Constant, as_decay, to_spec
 from polyak.files import StrPath
 from polyak.posthoc.fit import LIMIT
-from polyak.posthoc.solution import Average, Solution, runs_of, solved
+from polyak.posthoc.solution import Average, Solution, histories_among, solved
 from polyak.posthoc.stored import File, Snapshot, read
 from polyak.profile import History, moments
 from polyak.selection import listed
@@ -103,7 +103,7 @@ def reconstruct(
     """
     _check(files, targets, out, shard_bytes)
     with ExitStack() as stack:
-        known = read(files, stack, runs_of(targets))
+        known = read(files, stack, histories_among(targets))
         solutions = [solved(known, target, at, limit) for target in targets]
         clocks = sorted({solution.at for solution in solutions})
         if len(clocks) != 1:

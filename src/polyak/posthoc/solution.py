@@ -28,9 +28,9 @@ __all__ = [
     "Average",
     "Solution",
     "fits_of",
+    "histories_among",
     "history_of",
     "refusal",
-    "runs_of",
     "solve",
     "solved",
     "stored_by",
@@ -117,7 +117,7 @@ def solve(
     Source: EDM2 (arXiv 2312.02696), section 3.2 and appendix C; sum to 1 and exact sums are ours.
     """
     with ExitStack() as stack:
-        return solved(read(files, stack, runs_of([target])), target, at, limit)
+        return solved(read(files, stack, histories_among([target])), target, at, limit)
 
 
 def solved(files: Sequence[File], target: Average, at: int | None, limit: float) -> Solution:
@@ -196,9 +196,9 @@ def history_of(histories: Sequence[History], target: Average, at: int | None) ->
     return states
 
 
-def runs_of(targets: Iterable[Average]) -> list[str]:
-    """Return the runs that the wanted averages say they are of."""
-    return [target.run for target in targets if isinstance(target, History)]
+def histories_among(targets: Iterable[Average]) -> list[History]:
+    """Return those of the wanted averages that are given by what they have seen."""
+    return [target for target in targets if isinstance(target, History)]
 
 
 def _seen(histories: Sequence[History], at: int) -> History:

@@ -60,17 +60,20 @@ class File:
 
 
 def read(
-    files: Sequence[StrPath | Snapshot | History], stack: ExitStack, runs: Iterable[str] = ()
+    files: Sequence[StrPath | Snapshot | History],
+    stack: ExitStack,
+    wanted: Sequence[History] = (),
 ) -> list[File]:
     """Open files, and find out what each is.
 
     Args:
         files: as for `solve`.
         stack: closes them.
-        runs: of which averages are wanted besides.
+        wanted: what some averages that are wanted have seen.
 
     Raises:
-        ValueError: some do not tell what they are, or they are of different runs.
+        ValueError: some do not tell what they are, or they are of different runs, or of steps
+            that one run has made twice.
         TypeError: something is no file.
         OSError: a file cannot be read.
     """
@@ -88,7 +91,7 @@ def read(
         )
     found = [file for file in told if isinstance(file, File)]
     of = {file.history.run: file for file in found if file.history.run != _ANY}
-    names = {*of, *runs}
+    names = {*of, *(history.run for history in wanted)}
     if len(names) > 1:
         lines = [f"{file.name}: of the run {run!r}" for run, file in of.items()]
         raise ValueError(
@@ -97,13 +100,33 @@ def read(
             "its EMA's state becomes another one: then say what a file is, with "
             "Snapshot(path, history)"
         )
-    run = names.pop() if names else _ANY
+    if not names:
+        return found
+    run = names.pop()
+    told_of = [file for file in found if file.history.run == run]
+    _refuse_branches(told_of)
+    histories = [*(file.history for file in told_of), *wanted]
+    longest = max(histories, key=lambda history: history.clock, default=History(run))
     return [
-        replace(file, history=History(run, file.history.clock))
+        replace(file, history=longest.state(file.history.clock))
         if file.history.run == _ANY
         else file
         for file in found
     ]
+
+
+def _refuse_branches(files: Sequence[File]) -> None:
+    """Refuse states of one clock that are not the same: of steps that were made twice."""
+    longest = max(files, key=lambda file: file.history.clock, default=None)
+    if longest is None:
+        return
+    away = [file.name for file in files if file.history.diverges(longest.history)]
+    if away:
+        raise ValueError(
+            f"the run was gone on with from a checkpoint, and {len(away)} of the {len(files)} "
+            f"averages are of other steps than {longest.name}, at the same clocks:{listed(away)}\n"
+            "pass those of one way only: leave these out, or that one and those that go with it"
+        )
 
 
 _ANY = ""  # the run of plain weights: that of the averages beside them
