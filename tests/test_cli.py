@@ -736,6 +736,41 @@ def test_a_folder_leaves_out_what_is_no_stored_average_and_says_so(run_folder: P
     refused("reconstruct", damaged, *named, "--std", "0.06", "-o", run_folder / "b")
 
 
+def test_a_name_of_another_format_is_refused(run_folder: Path, steps: list[Path]) -> None:
+    """What is written is safetensors, which `torch.load` does not read."""
+    out = run_folder.parent / "mean.pt"
+    for command in (["average", *steps], ["reconstruct", run_folder, "--std", "0.08"]):
+        assert "Pass " in refused(*command, "-o", out)
+        assert "mean.safetensors" in refused(*command, "-o", out)
+    assert not out.exists()
+
+
+def test_small_coefficients_are_told_from_none(run_folder: Path) -> None:
+    """In the table of files: what takes no part is 0, and nothing else is."""
+    out = run_folder.parent / "a.safetensors"
+    arguments = ["reconstruct", run_folder, "--std", "0.09", "--at", "120", "-o", out, "--dry-run"]
+    answer = parsed(*arguments)
+    lines = run(*arguments).stdout.splitlines()
+    for one in answer["files"]:
+        (line,) = [line for line in lines if line.endswith(one["path"])]
+        shown = float(line.split()[0])
+        (share,) = one["coefficients"]
+        assert (shown == 0) == (share == 0)
+        assert shown == pytest.approx(share, rel=0.5, abs=5e-5)
+
+
+def test_a_file_counts_once(run_folder: Path) -> None:
+    """However it is led to."""
+    path = stored_in(run_folder)[0]
+    out = run_folder.parent / "a.safetensors"
+    once = parsed("reconstruct", run_folder, "--std", "0.08", "-o", out, "--dry-run")
+    for paths in ([run_folder, path], [path, run_folder]):
+        again = parsed("reconstruct", *paths, "--std", "0.08", "-o", out, "--dry-run")
+        assert sorted(one["path"] for one in again["files"]) == sorted(
+            one["path"] for one in once["files"]
+        )
+
+
 def test_a_folder_without_averages_is_refused(tmp_path: Path) -> None:
     for step in (1, 2):
         torch.save(state(step), tmp_path / f"step-{step}.pt")

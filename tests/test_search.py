@@ -201,12 +201,12 @@ def test_scores_are_those_of_the_averages_that_reconstruct_makes(stored):
 def test_an_earlier_average_is_searched_for_with_at(stored):
     """What was stored later takes no part; between ticks it is the one before."""
     score = Counted(lambda average: average["w"][0].item())
-    with pytest.warns(UserWarning, match="is the longest"):
+    with pytest.warns(UserWarning, match="than the longest"):
         curve = search(stored, score, at=300, evaluations=4)
     assert curve.at == 300
     assert max(score.given) < 300
     early = [path for path in stored if int(path.stem.split("-")[1]) <= 300]
-    with pytest.warns(UserWarning, match="is the longest"):
+    with pytest.warns(UserWarning, match="than the longest"):
         alone = search(early, score, evaluations=4)
     assert horizons(alone) == horizons(curve)
     assert [p.score for p in alone.points] == pytest.approx([p.score for p in curve.points])
@@ -302,7 +302,7 @@ def test_one_horizon_alone_is_nothing_to_search():
 def test_a_best_at_the_end_of_what_files_give_is_warned_of(stored, sign, end):
     """With what to store next time; the search goes towards it."""
     score = Counted(lambda average: sign * average["w"][0].item())
-    with pytest.warns(UserWarning, match=f"horizons is the {end}, PowerLaw") as told:
+    with pytest.warns(UserWarning, match=f"none is better than the {end}, PowerLaw") as told:
         curve = search(stored, score)
     assert curve.at_edge
     place = 1 if sign == 1 else 0
@@ -473,9 +473,8 @@ def test_no_finite_score_at_all_is_an_error(stored):
     ids=repr,
 )
 def test_numbers_of_all_kinds_are_scores(stored, number):
-    """Equal scores: the shortest of them is the best."""
-    with pytest.warns(UserWarning, match="shortest"):
-        curve = search(stored, lambda average: number, evaluations=3)
+    """Equal scores: the shortest of them is the best, and there is nothing to warn of."""
+    curve = search(stored, lambda average: number, evaluations=3)
     assert all(type(point.score) is float for point in curve.points)
     assert curve.best is curve.points[0]
 
@@ -526,7 +525,9 @@ def test_curves_are_in_order_and_know_their_best():
     assert not curve_of(3, 1, 2).at_edge
     assert curve_of(1, 2, 3).at_edge
     assert curve_of(3, 2, 1).at_edge
-    assert curve_of(1).at_edge
+    assert curve_of(3, 2, 2).at_edge
+    assert not curve_of(2, 2, 2).at_edge
+    assert not curve_of(1).at_edge
     assert curve_of(2, 1, 1, 3).best.horizon == 0.04, "of equals the shorter one"
     assert curve_of(math.nan, 1, math.nan).best.horizon == 0.04
     with pytest.raises(ValueError, match="evaluate a horizon first"):
@@ -629,3 +630,30 @@ def test_files_that_cannot_be_searched_are_refused(stored, plain):
         search(plain[:1], nothing)
     with pytest.raises(ValueError, match="these 1 files cannot give HalfLife"):
         search(stored[-1:], nothing, HalfLife, limit=0.01)
+
+
+def test_a_plateau_that_reaches_the_end_is_warned_of(stored):
+    """A better one may lie beyond it, although one before the end is as good."""
+    with pytest.warns(UserWarning, match="none is better than the longest"):
+        curve = search(stored, lambda average: max(0.1 - std(average), 0.0), evaluations=6)
+    assert curve.best.horizon < curve.points[-1].horizon
+    assert curve.at_edge
+
+
+def test_what_is_no_family_of_horizons_is_refused(stored):
+    with pytest.raises(TypeError, match=r"family makes a decay.*between="):
+        search(stored, loss, [0.05, 0.1])
+    with pytest.raises(ValueError, match="which is no horizon: pass HalfLife"):
+        search(stored, loss, Constant)
+
+
+@pytest.mark.parametrize("limit", [math.nan, -1.0])
+def test_what_is_no_limit_is_refused(stored, limit):
+    """Of a search, of a solution, and of what is made."""
+    for call in (
+        lambda: search(stored, loss, limit=limit),
+        lambda: solve(stored, PowerLaw(0.07), limit=limit),
+        lambda: reconstruct(stored, [PowerLaw(0.07)], limit=limit),
+    ):
+        with pytest.raises(ValueError, match="is the largest predicted error"):
+            call()

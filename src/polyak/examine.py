@@ -264,11 +264,10 @@ def _is_one(folder: Path) -> bool:
     )
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Return what puts `step-200` before `step-1000`."""
-    return [
-        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)
-    ]
+def _natural(name: str) -> list[tuple[float, str]]:
+    """Return what puts `step-200` before `step-1000`, and `powerlaw-0.05` before `-0.1`."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", name)
+    return [(float(part), "") if part[:1].isdecimal() else (-1.0, part) for part in parts]
 
 
 def _set(content: Content, name: str) -> dict[str, Any]:

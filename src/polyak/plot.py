@@ -212,7 +212,7 @@ def errors(files: Sequence[StrPath | Snapshot | History], at: int | None = None)
     )
     for axis, name, values, limit in panels:
         axis.plot(widths, values, marker=".", label=name, **_LINES[0])
-        axis.axhline(limit, label="its limit", **_BOUND)
+        axis.axhline(limit, label=f"limit: {limit:g} %", **_BOUND)
         for number, std in enumerate(stored):
             axis.axvline(std, label="" if number else "width that is stored", **_MARK)
         for number, span in enumerate(spans):

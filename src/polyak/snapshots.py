@@ -470,7 +470,8 @@ def _check_schedule(every: int | Geometric) -> None:
         return
     if type(every) is not int:
         raise TypeError(
-            f"every={every!r} is neither an integer, in units of the clock, nor Geometric(ratio)"
+            f"every={every!r} is neither an integer nor a schedule: write every=1000, in units of "
+            "the clock, or every=Geometric(1.1)"
         )
     if every < 1:
         raise ValueError(f"every={every}: pass a number of 1 or more, in units of the clock")
@@ -479,7 +480,7 @@ def _check_schedule(every: int | Geometric) -> None:
 def _check_budget(averages: int, most_files: int | None, most_bytes: int | None) -> None:
     for name, most, least in (("most_files", most_files, averages), ("most_bytes", most_bytes, 1)):
         if most is not None and type(most) is not int:
-            raise TypeError(f"{name}={most!r} is no integer")
+            raise TypeError(f"{name}={most!r} is no integer: write it out, as in 5_000_000_000")
         if most is not None and most < least:
             raise ValueError(
                 f"{name}={most} is too little for one snapshot of each average: pass {least} or "

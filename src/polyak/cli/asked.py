@@ -26,6 +26,7 @@ __all__ = [
     "existing",
     "open_checkpoint",
     "parts",
+    "refuse_other_formats",
     "size",
 ]
 
@@ -95,6 +96,15 @@ def size(text: str) -> int:
 def parts(opened: Sequence[Checkpoint]) -> list[Path]:
     """Return the files that some checkpoints consist of."""
     return [path for one in opened for path in (one.path, *one.files)]
+
+
+def refuse_other_formats(out: Path) -> None:
+    """Refuse a name that promises what safetensors is not."""
+    if out.suffix in (".bin", ".ckpt", ".pt", ".pth"):
+        raise ValueError(
+            f"{str(out)!r} would be safetensors, which torch.load does not read. Pass "
+            f"{str(out.with_suffix('.safetensors'))!r}; polyak convert then makes other formats"
+        )
 
 
 def check_out(out: Path, is_folder: bool, inputs: Sequence[Path], force: bool) -> None:

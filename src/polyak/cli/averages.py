@@ -105,6 +105,8 @@ def averages_in(paths: Sequence[Path]) -> tuple[list[Found], dict[str, str]]:
     for path in paths:
         inside = examine.found_in(path)
         if inside == [path]:
+            if any(one.path == path for one in found):
+                continue
             one = _told(path, in_folder=False)
             if isinstance(one, Found):
                 found.append(one)
@@ -112,6 +114,8 @@ def averages_in(paths: Sequence[Path]) -> tuple[list[Found], dict[str, str]]:
                 refused[str(path)] = one
             continue
         for entry in inside:
+            if any(one.path == entry for one in found):
+                continue
             try:
                 one = _told(entry, in_folder=True)
             except (OSError, ValueError) as error:

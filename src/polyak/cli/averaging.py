@@ -22,6 +22,7 @@ from polyak.cli.asked import (
     chosen,
     open_checkpoint,
     parts,
+    refuse_other_formats,
     size,
 )
 from polyak.cli.program import UnfulfilledError
@@ -116,6 +117,7 @@ def average(
         sources = [tensors for _, tensors in sets]
         configs = _configs(opened[-1]) if copy_config else []
         is_folder = copy_config or shard is not None
+        refuse_other_formats(out)
         check_out(out, is_folder, [*paths, *parts(opened)], force)
         outline = combine.outline(sources, [coefficients], dtype=stored, unmatched=unmatched)
         if outline.differences and unmatched == "refuse":

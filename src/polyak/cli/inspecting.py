@@ -142,7 +142,7 @@ def _inspect_rows(answer: Mapping[str, Any]) -> Rows:
         rows += [("", f"{coefficient:.4f}  {source}") for coefficient, source in pairs]
     details = {key: value for key, value in answer["details"].items() if key not in answer}
     rows += [
-        ("details", ", ".join(f"{key}={value}" for key, value in details.items())),
+        ("details", ", ".join(f"{key}={_short(value)}" for key, value in details.items())),
         ("in all", f"{answer['tensors']:,} tensors, {in_bytes(answer['bytes'])}"),
         ("note", answer["note"] or ""),
     ]
@@ -218,3 +218,7 @@ def _horizon(horizon: Mapping[str, float]) -> str:
         f"mean age {horizon['mean_age']:,.1f} ± {horizon['deviation']:,.1f} on the clock, as "
         f"little noise as {horizon['effective_samples']:,.1f} states"
     )
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

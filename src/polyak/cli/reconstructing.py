@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from polyak.cli.asked import Dtype, Force, Json, Out, check_out, size
+from polyak.cli.asked import Dtype, Force, Json, Out, check_out, refuse_other_formats, size
 from polyak.cli.averages import (
     Decays,
     HalfLives,
@@ -94,6 +94,7 @@ def reconstruct(
         )
     shard, several = None if shard_bytes is None else size(shard_bytes), len(targets) > 1
     found, left_out = averages_in(paths)
+    refuse_other_formats(out)
     check_out(out, several or shard is not None, [p for one in found for p in one.inputs], force)
     inputs, wanted = [one.path for one in found], list(targets.values())
     solutions = _solved(inputs, wanted, at, limit)
@@ -180,7 +181,7 @@ def _rows(answer: Mapping[str, Any]) -> Rows:
         ("amplification", [f"{one['amplification']:.2f}" for one in targets], ""),
         ("storage noise", [f"{one['storage_noise']:.1e}" for one in targets], ""),
         *(
-            ("", [f"{share:.4f}" if share else "0" for share in one["coefficients"]], one["path"])
+            ("", [_coefficient(share) for share in one["coefficients"]], one["path"])
             for one in answer["files"]
         ),
     ]
@@ -201,3 +202,7 @@ def _rows(answer: Mapping[str, Any]) -> Rows:
         *left_out_rows(answer["left_out"]),
         *(("note", note) for note in answer["notes"]),
     ]
+
+
+def _coefficient(share: float) -> str:
+    return "0" if not share else f"{share:.4f}" if abs(share) >= 5e-5 else f"{share:.0e}"

@@ -59,10 +59,8 @@ class Curve:
     def best(self) -> Point:
         """The point of the lowest score, of equals the one of the shortest horizon.
 
-        A score that is not finite is worse than any that is.
-
-        Raises:
-            ValueError: nothing was evaluated yet.
+        A score that is not finite is worse than any that is. Where nothing was evaluated yet there
+        is none, and `ValueError` is raised.
         """
         if not self.points:
             raise ValueError("the best of no points is asked for: evaluate a horizon first")
@@ -70,8 +68,12 @@ class Curve:
 
     @property
     def at_edge(self) -> bool:
-        """Whether the best is the shortest or the longest of all: a better one may lie beyond."""
-        return self.best in (self.points[0], self.points[-1])
+        """Whether none is better than the shortest or the longest: a better one may lie beyond.
+
+        Not where all are equally good.
+        """
+        best, scores = self.best.score, {point.score for point in self.points}
+        return len(scores) > 1 and best in (self.points[0].score, self.points[-1].score)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the curve as plain JSON values; a score that is not finite as text."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from polyak.profile import History, gram
 
-__all__ = ["LIMIT", "NOISE", "Fit", "fit", "fits"]
+__all__ = ["LIMIT", "NOISE", "Fit", "fit", "fits", "refuse_limit"]
 
 LIMIT = 0.2
 """The largest predicted error, by default."""
@@ -112,6 +112,15 @@ def fit(
     for number, coefficient in zip(exact, other.coefficients, strict=True):
         coefficients[number] = coefficient
     return replace(other, coefficients=coefficients)
+
+
+def refuse_limit(limit: float) -> None:
+    """Refuse what is no largest error."""
+    if not limit >= 0:
+        raise ValueError(
+            f"limit={limit} is the largest predicted error, as a share of what is wanted: pass one "
+            f"of 0 or more, such as the default of {LIMIT:g}; math.inf refuses nothing"
+        )
 
 
 def _fit(

@@ -10,10 +10,10 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from polyak.decay import Decay, PowerLaw, Uniform, as_decay
+from polyak.decay import Constant, Decay, PowerLaw, Uniform, as_decay
 from polyak.files import StrPath
 from polyak.posthoc.curve import Curve, Point, best_of, is_real
-from polyak.posthoc.fit import LIMIT
+from polyak.posthoc.fit import LIMIT, refuse_limit
 from polyak.posthoc.reach import Family, reach, spaced
 from polyak.posthoc.reconstruction import reconstruct
 from polyak.posthoc.solution import fits_of, history_of, stored_by
@@ -90,7 +90,8 @@ def search(
         TypeError: as for `reconstruct`; a score is no number.
         OSError: as for `reconstruct`. What `evaluate` raises is passed on.
     """
-    _check(files, evaluate, between, evaluations, start)
+    _check(files, evaluate, family, between, evaluations, start)
+    refuse_limit(limit)
     with ExitStack() as stack:
         known = read(files, stack)
     states = history_of([file.history for file in known], Uniform(), at)
@@ -235,6 +236,7 @@ def _known(start: Curve | None, clock: int, family: Family) -> tuple[Point, ...]
 def _check(
     files: Sequence[StrPath | Snapshot],
     evaluate: object,
+    family: object,
     between: object,
     evaluations: object,
     start: object,
@@ -247,6 +249,16 @@ def _check(
         raise TypeError(
             f"evaluate is what scores an average, not {evaluate!r}: pass a function that gets a "
             "dict of tensors and returns a number, of which lower is better"
+        )
+    if not callable(family):
+        raise TypeError(
+            f"family makes a decay of a horizon, and is not {family!r}: pass PowerLaw or HalfLife; "
+            "the horizons to try are between=(shortest, longest)"
+        )
+    if family is Constant:
+        raise ValueError(
+            "the number of Constant is the share that is kept, which is no horizon: pass HalfLife, "
+            "which makes the same averages"
         )
     if type(evaluations) is not int:
         raise TypeError(f"evaluations is a count, not {evaluations!r}: write evaluations=12")
@@ -290,10 +302,12 @@ def _range(
 def _edge(curve: Curve, low: float, high: float, limit: float) -> str:
     """Return what to do about a best that is at an end of what was evaluated."""
     best, (shortest, longest) = curve.best, curve.supported
-    short = best is curve.points[0]
+    short = curve.points[0].score == best.score
+    end = curve.points[0] if short else curve.points[-1]
     found = (
-        f"the best of {len(curve.points)} horizons is the {'shortest' if short else 'longest'}, "
-        f"{best.decay!r}, with a score of {best.score:g}, so that a better one may lie beyond. "
+        f"of {len(curve.points)} horizons none is better than the "
+        f"{'shortest' if short else 'longest'}, {end.decay!r}, with a score of {end.score:g}, so "
+        "that a better one may lie beyond. "
     )
     edge = low if short else high
     if (shortest < edge) if short else (edge < longest):
@@ -303,9 +317,8 @@ def _edge(curve: Curve, low: float, high: float, limit: float) -> str:
             f"from here with start=curve and evaluations={2 * len(curve.points)}"
         )
     width = "smaller" if short else "larger"
-    more = "more often and in float32" if short else "of a longer run"
     return (
         f"{found}But {shortest:g} to {longest:g} is all that the files give within "
-        f"limit={limit:g}: store averages of a {width} width too, or {more}; or pass a larger "
+        f"limit={limit:g}: store averages of a {width} width too, and more often; or pass a larger "
         "limit, and have that error"
     )

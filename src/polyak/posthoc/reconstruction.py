@@ -85,7 +85,8 @@ def reconstruct(
     Args:
         files: as for `solve`, but for bare histories.
         targets: decays, or histories that end at the same clock.
-        out: for each the path that it is written to; by default they are returned.
+        out: for each the path that it is written to, in the place of a file that is there; by
+            default they are returned.
         at: as for `solve`.
         limit: as for `solve`.
         dtype: of the averages; None stores them as the newest file does.

@@ -20,7 +20,7 @@ from polyak.decay import (
     as_decay,
 )
 from polyak.files import StrPath
-from polyak.posthoc.fit import LIMIT, NOISE, Fit, fits
+from polyak.posthoc.fit import LIMIT, NOISE, Fit, fits, refuse_limit
 from polyak.posthoc.stored import File, Snapshot, read
 from polyak.profile import History
 
@@ -122,6 +122,7 @@ def solve(
 
 def solved(files: Sequence[File], target: Average, at: int | None, limit: float) -> Solution:
     """Return the solution, unless it is refused."""
+    refuse_limit(limit)
     history = history_of([file.history for file in files], target, at)
     taken = stored_by(files, history.clock)
     used = [files[i] for i in taken]

@@ -77,9 +77,10 @@ def read(
         TypeError: something is no file.
         OSError: a file cannot be read.
     """
-    if isinstance(files, (str, os.PathLike, Snapshot, History)) or not files:
+    if isinstance(files, str) or not isinstance(files, Sequence) or not files:
         raise TypeError(
-            f"an average is made of stored ones, not of {files!r}: pass a list of paths"
+            f"an average is made of stored ones, not of {files!r}: pass a list of paths, such as "
+            "the files of a SnapshotFolder, or sorted(Path('run').glob('*.safetensors'))"
         )
     told = [_told(file, number, stack) for number, file in enumerate(files)]
     wrong = [reason for reason in told if isinstance(reason, str)]
