@@ -575,6 +575,7 @@ def print_tables(console: Console, facts: dict[str, Any]) -> None:
 
 MARKED = {DEFAULT: "o", "EMA(0.99)": "v", "EMA(0.999)": "^", "Uniform()": "s"}
 COLORS = "#0072B2", "#E69F00", "#111111", "#C8500A"
+DASHES: tuple[Any, ...] = "-", (0, (7, 1.5)), (0, (1.5, 1.2)), (0, (7, 1.5, 1.5, 1.5))  # in gray
 
 
 def draw(facts: dict[str, Any], path: Path) -> None:
@@ -604,19 +605,20 @@ def draw(facts: dict[str, Any], path: Path) -> None:
 
 def draw_curve(axis: Any, curve: Curve, run: dict[str, Any], metric: str) -> None:
     """Draw one run: its curve and its best point, and what was kept at the width that it has."""
-    color, scores = COLORS[run["seed"] % len(COLORS)], run["validation"][metric]
+    number, scores = run["seed"] % len(COLORS), run["validation"][metric]
+    color, dashes = COLORS[number], DASHES[number]
     first = run["seed"] == 0  # what is alike in all runs is in the legend once
     axis.plot(
         [point.horizon for point in curve.points],
         [point.score for point in curve.points],
-        color=color, linewidth=1.6, label=f"seed {run['seed']}, from the files",
+        color=color, linestyle=dashes, linewidth=1.8, label=f"seed {run['seed']}, from the files",
     )  # fmt: skip
     axis.plot(
         curve.best.horizon, curve.best.score, "*", color=color, markersize=13,
         label="best of these" if first else None,
     )  # fmt: skip
     axis.axhline(
-        scores[RAW], color=color, linewidth=1.2, linestyle=(0, (4, 2)), label=RAW if first else None
+        scores[RAW], color=color, linestyle=dashes, linewidth=0.8, label=RAW if first else None
     )
     for name, marker in MARKED.items():
         axis.plot(

@@ -5,6 +5,7 @@ Each case is run once for every layout, named in brackets.
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from pathlib import Path
@@ -355,6 +356,31 @@ def the_run_is_one(layout: Layout, folder: Path) -> None:
     assert len({run for rank in runs for run in rank}) == 1, runs
     other = averaged(net(), (1,)).state_dict()
     assert json.loads(other["facts"])["history"]["run"] != runs[0][0]
+
+
+@law(SHARDED, 4)
+def the_branch_is_one(layout: Layout, folder: Path) -> None:
+    """All averages that go on together are in one, on all ranks; those that go on again are not."""
+    model = net()
+    layout(model)
+    decays = 0.5, PowerLaw(0.10)
+    states = [averaged(model, (1,), decay).state_dict() for decay in decays]
+    told: list[Any] = []
+    for _ in range(2):
+        again = [EMA(model, decay) for decay in decays]
+        for ema, state in zip(again, states, strict=True):
+            ema.load_state_dict(copy.deepcopy(state))
+        late = EMA(model, 0.9)
+        for ema in (*again, late):
+            ema.update(2)
+        late.update(3)
+        histories = [json.loads(ema.state_dict()["facts"])["history"] for ema in (*again, late)]
+        told.append([history["branches"] for history in histories])
+    for ranks in (everybodys(each) for each in told):
+        assert all(branches == ranks[0][0] for rank in ranks for branches in rank), ranks
+    first, second = (each[0] for each in told)
+    assert [clock for clock, _ in first] == [clock for clock, _ in second] == [1]
+    assert first != second
 
 
 @case(2)

@@ -6,7 +6,9 @@ import functools
 import itertools
 import json
 import math
+import resource
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from polyak.decay import (
     Uniform,
 )
 from polyak.posthoc import Snapshot, reconstruct, solve
-from polyak.posthoc.fit import fit
+from polyak.posthoc.fit import fit, harm
 from polyak.profile import History, gram, moments, weights
 from polyak.state import Facts
 
@@ -932,3 +934,69 @@ def test_steps_that_were_made_twice_are_not_mixed(tmp_path: Path) -> None:
     assert history is not None
     state = Snapshot(tmp_path / "state.pt", 180, place="0")
     assert solve([state], history.state(180), limit=math.inf).predicted_error == 0.0
+
+
+def test_elements_that_kept_their_average_are_told_of(tmp_path: Path) -> None:
+    """They have not seen what the profile says; what is made of them says so too."""
+    model = nn.Linear(2, 2)
+    ema = EMA(model, PowerLaw(0.1))
+    paths = []
+    for step in range(1, 61):
+        with torch.no_grad():
+            model.weight += 1.0
+            model.weight[0, 0] = torch.nan if 20 < step <= 30 else float(step)
+        ema.update(step)
+        if step % 10 == 0:
+            paths.append(tmp_path / f"{step}.safetensors")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                ema.save(paths[-1], dtype=torch.float32)
+    out = tmp_path / "out.safetensors"
+    with pytest.warns(UserWarning, match="up to 10 times an element of the stored averages"):
+        reconstruct(paths, [PowerLaw(0.12)], [out])
+    assert files.read_facts(out)["nonfinite"] == 10
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reconstruct(paths[:2], [PowerLaw(0.12)], limit=math.inf)
+
+
+def test_an_average_is_not_taken_for_weights(tmp_path: Path) -> None:
+    (path,) = stored(tmp_path, snapshots(1)[:1], walk())
+    with pytest.raises(ValueError, match=r"says that it is an average.*pass the path alone"):
+        solve([Snapshot(path, 2000)], PowerLaw(0.1))
+
+
+def test_more_files_than_may_be_open(tmp_path: Path) -> None:
+    """The system's limit is told with what to type."""
+    paths = stored(tmp_path, snapshots(8), walk())
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 6, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"16 files are more than .* `ulimit -n 132`"):
+            solve(paths, PowerLaw(0.1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.parametrize("count", [3, 8, 24])
+@pytest.mark.parametrize("repeated", [False, True])
+def test_the_harm_of_leaving_one_out_is_what_it_is(count: int, repeated: bool) -> None:
+    """In closed form, against the fits of all that remain."""
+    histories = snapshots(count)
+    histories += [histories[5 % count]] if repeated else []
+    n = len(histories)
+    wanted = [histories[-1].under(PowerLaw(std)) for std in (0.03, 0.06, 0.08, 0.2)]
+    products = gram([*histories, *wanted])
+
+    def errors(kept: Sequence[int]) -> list[float]:
+        rows, units = products[:n, :n][kept][:, kept], [0.0] * len(kept)
+        return [
+            fit(rows, products[kept, n + j], products[n + j, n + j].item(), units).error ** 2
+            for j in range(len(wanted))
+        ]
+
+    whole, found = sum(errors(range(n))), harm(products, n)
+    for number in range(n):
+        rest = [i for i in range(n) if i != number]
+        assert found[number] == pytest.approx(sum(errors(rest)) - whole, rel=0.02, abs=1e-9)

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -451,3 +451,34 @@ def test_a_killed_process_resumes_to_the_bit(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     child(Path(sys.argv[1]))
+
+
+def test_a_run_branches_where_it_is_gone_on_with() -> None:
+    """One branch for all averages of a model; another one where it goes back once more."""
+    model = models.plain()
+    narrow, wide = EMA(model, PowerLaw(0.05)), EMA(model, PowerLaw(0.10))
+
+    def go_on(emas: Sequence[EMA], clock: int) -> list[tuple[tuple[int, str], ...]]:
+        for ema in emas:
+            ema.update(clock)
+        return [ema.history.branches for ema in emas if ema.history is not None]
+
+    assert go_on((narrow, wide), 1) == [(), ()]
+    states = [copy.deepcopy(ema.state_dict()) for ema in (narrow, wide)]
+    seen = [()]
+    assert go_on((narrow, wide), 2) == [(), ()], "nothing was loaded"
+    for again in (False, True, True):  # averages that are there, and new ones
+        emas = [EMA(model, 0.5), EMA(model, 0.9)] if again else [narrow, wide]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the other decay
+            for ema, state in zip(emas, states, strict=True):
+                ema.load_state_dict(copy.deepcopy(state))
+        assert emas[0].history is not None
+        assert emas[0].history.branches == (), "nothing has followed"
+        late = EMA(model, 0.5)
+        first, second, third = go_on((*emas, late), 2)
+        assert first == second == third
+        assert first not in seen
+        assert [clock for clock, _ in first] == [1]
+        seen.append(first)
+        del emas

@@ -657,3 +657,13 @@ def test_what_is_no_limit_is_refused(stored, limit):
     ):
         with pytest.raises(ValueError, match="is the largest predicted error"):
             call()
+
+
+def test_a_known_point_beside_the_range_stands_for_its_end(stored):
+    """The optimum is near it, and found: it is a neighbor of what is tried."""
+    score = Counted(lambda average: math.log(std(average) / 0.105) ** 2)
+    with pytest.warns(UserWarning, match="none is better than the shortest"):
+        known = search(stored, score, between=(0.0995, 0.2009), evaluations=3)
+    start = Curve(known.at, known.supported, (known.points[0], known.points[-1]))
+    curve = search(stored, score, between=(0.1, 0.2), start=start)
+    assert abs(math.log(curve.best.horizon / 0.105)) < 0.05

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import subprocess
@@ -451,7 +452,7 @@ def test_what_is_made_anew_is_set_aside(tmp_path: Path) -> None:
     emas = averages(model)
     for ema, saved in zip(emas, state["emas"], strict=True):
         ema.load_state_dict(saved)
-    with pytest.warns(UserWarning, match=r"from the clock 25, and 4 snapshots are of a later one"):
+    with pytest.warns(UserWarning, match=r"at the clock 25 now, and 4 snapshots are of steps"):
         folder = SnapshotFolder(tmp_path / "a", emas, 10)
     assert clocks(folder.files)[::2] == [10, 20]
     assert len(list((tmp_path / "a").glob("*.abandoned"))) == 4
@@ -472,6 +473,242 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=text):
             SnapshotFolder(tmp_path, emas, 10)
     assert len(list(tmp_path.glob("*.safetensors"))) == 20
+
+
+def test_a_run_that_goes_back_sets_aside_what_it_makes_anew(tmp_path: Path) -> None:
+    """In one process, without another folder; whether it is seen at once or much later."""
+    model = nn.Linear(2, 1)
+    emas = averages(model)
+    folder = SnapshotFolder(tmp_path, emas, 10)
+    for clock in walk(model, emas, range(1, 51)):
+        folder.update()
+        if clock == 25:
+            states = copy.deepcopy([ema.state_dict() for ema in emas])
+    ways = (26, [30, 40, 50, 60, 70]), (43, [43, 50, 60, 70, 80]), (90, [90])
+    for seen_at, expected in ways:
+        for ema, state in zip(emas, copy.deepcopy(states), strict=True):
+            ema.load_state_dict(state)
+        for clock in walk(model, emas, range(26, expected[-1] + 1)):
+            if clock == seen_at:
+                with pytest.warns(UserWarning, match="snapshots are of steps that it makes anew"):
+                    folder.update()
+            elif clock > seen_at:
+                folder.update()
+        assert clocks(folder.files)[::2] == [10, 20, *expected]
+        assert solve(folder.files, PowerLaw(0.07)).at == expected[-1]
+
+
+def test_an_average_that_begins_anew_needs_another_folder(tmp_path: Path) -> None:
+    """`reset` and `start_from` begin another run, of which the folder has nothing."""
+    model = nn.Linear(2, 1)
+    emas = averages(model)
+    folder = SnapshotFolder(tmp_path, emas, 10)
+    for _ in walk(model, emas, range(1, 31)):
+        folder.update()
+    for ema in emas:
+        ema.reset()
+    for clock in walk(model, emas, range(1, 31)):
+        if clock in (1, 2):
+            with pytest.raises(ValueError, match="holds 6 snapshots of another run"):
+                folder.update() if clock == 1 else folder.save()
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+def test_snapshots_of_another_branch_are_set_aside(tmp_path: Path) -> None:
+    """Although their clocks are not later: they lead to a checkpoint that is not gone on from."""
+    model = nn.Linear(2, 1)
+    emas = averages(model)
+    states = {}
+    kept = SnapshotFolder(tmp_path / "a", emas, 10)
+    for clock in walk(model, emas, range(1, 61)):
+        kept.update()
+        if clock in (5, 50):
+            states[clock] = copy.deepcopy([ema.state_dict() for ema in emas])
+
+    model = nn.Linear(2, 1)
+    emas = averages(model)
+    for ema, state in zip(emas, copy.deepcopy(states[5]), strict=True):
+        ema.load_state_dict(state)
+    with pytest.warns(UserWarning, match="12 snapshots are of steps"):
+        kept = SnapshotFolder(tmp_path / "a", emas, 10)
+    for _ in walk(model, emas, range(6, 41)):
+        kept.update()
+    assert clocks(kept.files)[::2] == [10, 20, 30, 40]
+    model = nn.Linear(2, 1)
+    emas = averages(model)
+    for ema, state in zip(emas, copy.deepcopy(states[50]), strict=True):
+        ema.load_state_dict(state)
+    with pytest.warns(UserWarning, match="at the clock 50 now, and 8 snapshots are of steps"):
+        kept = SnapshotFolder(tmp_path / "a", emas, 10)
+    assert kept.files == []
+    aside = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert len(aside) == 20, "nothing is lost"
+    assert "000000000010-powerlaw-0.05.safetensors.abandoned-2" in aside
+
+
+def test_loading_once_more_is_no_branch(tmp_path: Path) -> None:
+    """Unless something has been updated; averages that go on from different moments are told."""
+    model = nn.Linear(2, 1)
+    emas = averages(model)
+    list(walk(model, emas, range(1, 6)))
+    states = copy.deepcopy([ema.state_dict() for ema in emas])
+    for number in (0, 1, 0):
+        emas[number].load_state_dict(copy.deepcopy(states[number]))
+    folder = SnapshotFolder(tmp_path / "a", emas, 1)
+    for _ in walk(model, emas, range(6, 9)):
+        folder.update()
+    assert solve(folder.files, PowerLaw(0.07)).at == 8
+    emas[0].load_state_dict(copy.deepcopy(states[0]))
+    for clock in range(6, 10):
+        emas[0].update(clock)
+    emas[1].update(9)
+    with pytest.raises(ValueError, match="have gone on from states of different moments"):
+        SnapshotFolder(tmp_path / "b", emas, 1).update()
+
+
+def test_averages_of_every_step_and_of_every_fourth_go_on_together(tmp_path: Path) -> None:
+    """A checkpoint at which one of them is a few steps behind branches both at one clock."""
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    emas = averages(model)
+
+    def attach(emas: list[EMA], optimizer: torch.optim.Optimizer) -> None:
+        for ema, every in zip(emas, (1, 4), strict=True):
+            ema.attach(optimizer, every=every)
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        for _ in range(steps):
+            model(torch.randn(4, 2)).sum().backward()
+            optimizer.step()
+
+    attach(emas, optimizer)
+    train(model, optimizer, 50)
+    states = copy.deepcopy([ema.state_dict() for ema in emas])
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    emas = averages(model)
+    attach(emas, optimizer)
+    for ema, state in zip(emas, states, strict=True):
+        ema.load_state_dict(state)
+    folder = SnapshotFolder(tmp_path, emas, 20)
+    train(model, optimizer, 10)
+    folder.update()
+    assert clocks(folder.files) == [60, 60]
+    assert emas[0].history is not None
+    assert emas[1].history is not None
+    assert emas[0].history.branches == emas[1].history.branches
+    assert [clock for clock, _ in emas[0].history.branches] == [50]
+
+
+def test_clocks_of_any_size(tmp_path: Path) -> None:
+    """Tokens: files sort by their clock, all are found, and the run goes on."""
+    model = nn.Linear(2, 1)
+    emas = averages(model)
+    folder = SnapshotFolder(tmp_path, emas, 10**11)
+    for _ in walk(model, emas, range(10**11, 15 * 10**11 + 1, 10**11)):
+        folder.update()
+    assert clocks(folder.files)[::2] == [*range(10**11, 15 * 10**11 + 1, 10**11)]
+    again = SnapshotFolder(tmp_path, emas, 10**11, most_files=20)
+    for _ in walk(model, emas, [16 * 10**11]):
+        again.update()
+    assert len(again.files) == 20
+    assert clocks(again.files)[-1] == 16 * 10**11
+
+
+def test_a_second_run_does_not_write_over_the_first(tmp_path: Path) -> None:
+    """Both were begun on an empty folder."""
+    folders = []
+    for _ in range(2):
+        model = nn.Linear(2, 1)
+        emas = averages(model)
+        folders.append((SnapshotFolder(tmp_path, emas, 10), walk(model, emas, range(1, 11))))
+    (first, steps), (second, others) = folders
+    for _ in steps:
+        first.update()
+    before = {path.name: path.read_bytes() for path in first.files}
+    for clock in others:
+        if clock == 10:
+            with pytest.raises(FileExistsError, match="give each run a folder of its own"):
+                second.update()
+    assert {path.name: path.read_bytes() for path in first.files} == before
+
+
+def test_files_that_somebody_removes_do_not_count(tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    emas = averages(model)
+    folder = SnapshotFolder(tmp_path, emas, 10, most_files=6)
+    for clock in walk(model, emas, range(1, 81)):
+        folder.update()
+        if clock == 60:
+            for path in folder.files[:4]:
+                path.unlink()
+    assert len(folder.files) == 6
+
+
+def test_the_folder_of_the_process_may_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = nn.Linear(2, 1)
+    emas = averages(model)
+    folder = SnapshotFolder("run", emas, 10)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for _ in walk(model, emas, range(1, 11)):
+        folder.update()
+    assert [path.parent for path in folder.files] == [tmp_path / "run"] * 2
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_what_failed_can_be_saved_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool
+) -> None:
+    """At the same clock, on request or by the end of the block; an error before it is raised."""
+    model = nn.Linear(2, 1)
+    emas = averages(model)
+    folder = SnapshotFolder(tmp_path, emas, 10, background=background)
+    mend = failing(monkeypatch)
+
+    def training() -> None:
+        with folder:
+            for clock in walk(model, emas, range(1, 11)):
+                if clock < 10 or background:
+                    folder.update()
+                else:
+                    with pytest.raises(OSError, match="No space left"):
+                        folder.update()
+            if folder._writer is not None:
+                folder._writer._job.exception()  # it is done, and nobody has asked
+            mend()
+
+    if background:
+        with pytest.raises(OSError, match="No space left"):
+            training()
+    else:
+        training()
+    assert clocks(folder.files) == [10, 10]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_while_a_snapshot_is_written(tmp_path: Path, gate: threading.Event) -> None:
+    """The child has no thread that writes, and does not wait for one."""
+    model = nn.Linear(4, 3)
+    emas = averages(model)
+    folder = SnapshotFolder(tmp_path, emas, 5, background=True)
+    for _ in walk(model, emas, range(1, 6)):
+        folder.update()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            folder.close()
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    gate.set()
+    assert clocks(folder.files) == [5, 5]
 
 
 # ------------------------------------------------------------------------------------ bad input
@@ -527,12 +764,6 @@ def test_averages_that_are_not_of_one_moment_are_refused(tmp_path: Path) -> None
 
 def test_the_tests_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder that removes the oldest is not as good as one that knew the end."""
-    monkeypatch.setattr(snapshots, "fit", lambda rows, *_: _Harm(-len(rows)))
-    monkeypatch.setattr(snapshots, "_WIDTHS", (0.1,))
+    monkeypatch.setattr(snapshots, "harm", lambda products, count: list(range(count)))
     with pytest.raises(AssertionError):
         test_a_thinned_folder_is_as_good_as_one_that_knew_the_end(tmp_path)
-
-
-class _Harm:
-    def __init__(self, error: float) -> None:
-        self.error = error

@@ -44,6 +44,7 @@ ARROWS = {
     "batchnorm": set(),
     "files": set(),
     "together": {"engine", "files"},
+    "runs": {"profile"},
     "checkpoint": {"checkpoint.content", "checkpoint.opening", "checkpoint.stored"},
     "checkpoint.archive": set(),
     "checkpoint.boxes": set(),
@@ -98,8 +99,10 @@ ARROWS = {
         *("posthoc.reach", "posthoc.reconstruction", "posthoc.solution", "posthoc.stored"),
     },
     "snapshots": {
-        *("checks", "decay", "ema", "engine", "files", "posthoc.fit", "profile", "selection"),
+        *("background", "checks", "decay", "ema", "engine", "files", "posthoc.fit", "profile"),
+        "selection",
     },
+    "background": {"engine", "files"},
     "plot": {
         *("decay", "files", "posthoc", "posthoc.fit", "posthoc.solution", "posthoc.stored"),
         "profile",
@@ -126,7 +129,7 @@ ARROWS = {
     "__main__": {"cli"},
     "ema": {
         *("attach", "batchnorm", "callers", "checks", "decay", "engine", "files"),
-        *("profile", "report", "selection", "state", "swap", "together"),
+        *("profile", "report", "runs", "selection", "state", "swap", "together"),
     },
     "": {"decay", "ema", "formats", "selection"},
 }

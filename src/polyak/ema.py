@@ -22,14 +22,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from polyak import batchnorm, callers, checks, engine, files, together
+from polyak import batchnorm, callers, checks, engine, files, runs, together
 from polyak.attach import Attachment, checked_optimizer
 from polyak.decay import Constant, Decay, DecayLike, PowerLaw, as_decay, from_spec, to_spec
 from polyak.profile import History, Moments
@@ -57,8 +57,6 @@ _SHARE = 0.10  # of the first state in the average, from where on `applied` warn
 _DEAD_ZONE = 1e-3  # relative, from where on `report` warns
 _REPEATS = 32  # for each update, from where on it warns: more than micro-batches to a step
 
-# One id for all averages of a model in this process: they share the states that they have seen.
-_runs: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 # Of whoever changes an average, or lets a model hold one: threads may validate, save and train.
 _lock = threading.RLock()
 # The averages that some model holds at this moment, in place of its trained weights.
@@ -155,7 +153,7 @@ class EMA:
         self._decay: Decay = PowerLaw(0.10) if decay is None else as_decay(decay)
         self._policy = policy or (trainable if into is None else everything)
         self._floor = checks.checked_floor(dtype)
-        self._run = _run_of(self._model)
+        self._run = runs.run_of(self._model)
         self._attachments: list[Attachment] = []
         self._aside: Aside | None = None
         self._blocks: list[object] = []  # the open blocks of `applied`
@@ -590,9 +588,10 @@ class EMA:
                 self._take(slots, averages)
                 self._drop_plan()
                 self._broken = None
+                # Before the history that it has is let go, which tells whether it has gone on.
+                runs.resume(self._model, facts.history, facts.clock + facts.pending)
                 self._history, self._moments = facts.history, facts.moments
-                self._run = _runs[self._model] = facts.history.run
-                self._history.branch(_branch_for(self, facts.clock).name)
+                self._run = facts.history.run
             self._clock, self._pending = facts.clock, facts.pending
             self._updates, self._repeats = facts.updates, facts.repeats
             self._nonfinite = self._nonfinite_told = facts.nonfinite
@@ -741,9 +740,7 @@ class EMA:
             self._statistics = {}
             self._averages, self._clock, self._updates, self._pending = averages, clock, 1, 0
             self._dtypes = {name: slot.tensor.dtype for name, slot in view.average.items()}
-            self._history = History(self._run, clock)
-            if self._model in _branches:
-                self._history.branch(*_branches[self._model][:2])
+            self._history = runs.begin(self._model, self._run, clock)
 
     def _advance(self, history: History, clock: int, skipped: Tensor | None) -> None:
         self._finish()
@@ -1265,52 +1262,6 @@ def _let_weights_change() -> None:
 
 _get: Any = dict.get  # unbound: the fastest that `map` can call
 _requires_grad: Any = operator.attrgetter("requires_grad")
-
-_models = itertools.count()  # numbers the models of this process, for `_run_of`
-
-
-def _run_of(model: nn.Module) -> str:
-    """Return the id of the model's run, on which all processes of a group agree."""
-    if model not in _runs:
-        _runs[model] = _agreed(f"run/{next(_models)}")
-    return _runs[model]
-
-
-class _Branch(NamedTuple):
-    """What follows a checkpoint that a run is gone on with from."""
-
-    name: str
-    clock: int
-    takers: weakref.WeakSet[EMA]  # the averages that went on from it
-
-
-_branches: weakref.WeakKeyDictionary[nn.Module, _Branch] = weakref.WeakKeyDictionary()
-_resumes = itertools.count()  # numbers them, as `_models`
-
-
-def _branch_for(ema: EMA, clock: int) -> _Branch:
-    """Return the branch that begins as an average loads a state: the others' of its model.
-
-    When one of them loads again, the model has gone back, and another branch begins.
-    """
-    branch = _branches.get(ema._model)
-    if branch is None or ema in branch.takers:
-        name = _agreed(f"branch/{next(_resumes)}")
-        branch = _branches[ema._model] = _Branch(name, clock, weakref.WeakSet())
-    branch.takers.add(ema)
-    return branch
-
-
-def _agreed(key: str) -> str:
-    """Return a new name, the same on all processes of a group that ask for this key."""
-    name = uuid.uuid4().hex
-    dist = torch.distributed
-    if dist.is_available() and dist.is_initialized() and dist.get_backend() != "fake":
-        # Whoever comes first sets it in the group's store; nobody waits for anybody.
-        store = dist.distributed_c10d._get_default_store()
-        name = store.compare_set(f"polyak/{key}", "", name).decode()
-    return name
-
 
 _NO_COPY = (
     "an EMA cannot be copied or pickled: it refers to the model that it averages. Save "

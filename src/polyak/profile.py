@@ -225,7 +225,7 @@ class History:
             clock: after which it follows; by default the present one.
         """
         clock = self.clock if clock is None else clock
-        self._branches = [branch for branch in self._branches if branch[0] < clock]
+        self._branches = [b for b in self._branches if b[0] < clock and b[1] != name]
         self._branches.append((clock, name))
 
     def diverges(self, other: History) -> bool:

@@ -8,25 +8,24 @@ does).
 
 from __future__ import annotations
 
+import itertools
 import re
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from polyak import engine, files
+from polyak.background import Writer
 from polyak.checks import refuse_unwritable
 from polyak.decay import PowerLaw, as_decay, to_spec
 from polyak.ema import EMA
-from polyak.posthoc.fit import NOISE, fit
+from polyak.posthoc.fit import NOISE, harm
 from polyak.profile import History, gram
 from polyak.selection import listed
 
@@ -35,7 +34,7 @@ __all__ = ["Geometric", "SnapshotFolder"]
 _WIDTHS = (0.03, 0.04, 0.055, 0.075, 0.10, 0.14, 0.19, 0.25)
 """Of the power laws that have to suffer least from what is removed."""
 
-_NAME = re.compile(r"\d{12}-.+\.safetensors")
+_NAME = re.compile(r"\d{12,}-.+\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -86,11 +85,12 @@ class SnapshotFolder:
     ...     averages = reconstruct(folder.files, [PowerLaw(0.07)])[0]
     12
 
-    A run that goes on after an interruption makes it after the EMAs have loaded their state. Then
-    snapshots of a later clock are of steps that are made anew: they get the ending `.abandoned`.
+    A run that goes on after an interruption makes it after the EMAs have loaded their state. Then,
+    and whenever they load an earlier state, snapshots of steps that are made anew are set aside:
+    they get the ending `.abandoned`, with a warning.
 
-    Where the model is sharded all processes make one and call its methods, as for `EMA.save`.
-    Elsewhere one process does.
+    Its methods are called in the thread that updates the averages. Where the model is sharded all
+    processes make one and call its methods, as for `EMA.save`. Elsewhere one process does.
 
     Args:
         path: the folder; made if it is not there.
@@ -100,7 +100,8 @@ class SnapshotFolder:
         most_files: the largest number of files; by default any. When there are more, the one goes
             without which the power laws of widths .03 to .25 at the present clock are
             reconstructed best, by predicted error. The newest of each average stays.
-        most_bytes: the largest size of all files together; by default any.
+        most_bytes: the largest size of all files together; by default any. New files are written
+            before older ones are removed, so that there has to be room for one snapshot more.
         dtype: of the files; a narrower one than float32 limits what can be made of them.
         averages_only: leave out what merely follows the model (LoRA: adapters only).
         background: copy the averages into buffers in host memory, as large as the snapshot, and
@@ -131,14 +132,19 @@ class SnapshotFolder:
         self._emas, self._every = _labeled(emas), every
         _check_schedule(every)
         _check_budget(len(emas), most_files, most_bytes)
-        refuse_unwritable(dtype)
-        _warn_of_narrow(dtype)
-        self._path, self._most_files, self._most_bytes = Path(path), most_files, most_bytes
+        _check_dtype(dtype)
+        self._path, self._most_files, self._most_bytes = (
+            Path(path).absolute(),
+            most_files,
+            most_bytes,
+        )
         self._dtype, self._averages_only = dtype, averages_only
         self._path.mkdir(parents=True, exist_ok=True)
-        self._kept = _found(self._path, self._emas)
-        self._saved = max((one.history.clock for one in self._kept), default=0)
-        self._writer = _Writer() if background else None
+        own = next(iter(self._emas.values())).history
+        self._kept = _of_this_run(_found(self._path), own, self._path)
+        self._tried = _newest_clock(self._kept)  # when it was due last
+        self._seen = 0 if own is None else own.clock  # by the last `update`
+        self._writer = Writer() if background else None
         if self._writer is not None:  # also where nobody asks again, at the end of the program
             weakref.finalize(self, self._writer.wait)
 
@@ -166,7 +172,10 @@ class SnapshotFolder:
         if self._writer is not None:
             self._writer.check()
         clock = next(iter(self._emas.values())).clock
-        due = _is_due(self._every, clock, self._saved)
+        if clock < self._seen:
+            self._go_back()
+        self._seen = clock
+        due = _is_due(self._every, clock, self._tried)
         if due:
             self.save()
         return due
@@ -184,18 +193,23 @@ class SnapshotFolder:
         """
         self.close()
         histories = _together(self._emas)
-        clock = next(iter(histories.values())).clock
-        if clock == self._saved:
+        now = next(iter(histories.values()))
+        self._kept = _of_this_run(self._kept, now, self._path)
+        there = {one.label for one in self._kept if one.history.clock == now.clock}
+        self._tried = now.clock  # what fails now is tried again when the next one is due
+        if there >= set(self._emas):
             return
-        self._saved = clock  # what fails is tried again when the next one is due
-        paths = {label: self._path / f"{clock:012d}-{label}.safetensors" for label in self._emas}
+        paths = {
+            label: self._path / f"{now.clock:012d}-{label}.safetensors" for label in self._emas
+        }
+        _refuse_others(paths.values(), self._kept)
         if self._writer is None:
             writes = _writes(self._emas)
             for label, ema in self._emas.items():
                 ema.save(paths[label], dtype=self._dtype, averages_only=self._averages_only)
-                if writes:
-                    self._keep(paths[label], label, histories[label])
-            self._thin()
+                self._keep(paths[label], label, histories[label])
+            if writes:
+                self._thin()
             return
         contents = {
             label: self._writer.copied(
@@ -227,13 +241,32 @@ class SnapshotFolder:
         trace: TracebackType | None,
     ) -> None:
         """Save what the averages are in the end, unless the block failed, and close."""
-        if kind is None and all(ema.history is not None for ema in self._emas.values()):
-            self.save()
-        self.close()
+        if kind is not None:
+            try:
+                self.close()
+            except Exception as failed:  # the block's own error goes first
+                warnings.warn(f"a snapshot could not be written: {failed}", stacklevel=2)
+            return
+        try:
+            self.close()
+        finally:  # also where an earlier write has failed
+            if all(ema.history is not None for ema in self._emas.values()):
+                self.save()
+                self.close()
 
     # ------------------------------------------------------------------ the budget, inside
 
+    def _go_back(self) -> None:
+        """Set aside what is of steps that are made anew, after an earlier state was loaded."""
+        self.close()
+        now = next(iter(self._emas.values())).history
+        if now is not None:
+            self._kept = _of_this_run(self._kept, now, self._path)
+            self._tried = _newest_clock(self._kept)
+
     def _keep(self, path: Path, label: str, history: History) -> None:
+        if self._most_files is None and self._most_bytes is None:
+            history = history.state(history.clock)  # nothing is asked of the others
         self._kept = [one for one in self._kept if one.path != path]
         self._kept.append(_Kept(path, label, history, path.stat().st_size))
 
@@ -241,36 +274,26 @@ class SnapshotFolder:
         """Remove files until the others are within the budget."""
         if not self._excess(self._kept):
             return
+        self._kept = [one for one in self._kept if one.path.exists()]
         left = list(self._kept)
         newest = {one.label: one for one in sorted(left, key=lambda one: one.history.clock)}
-        longest = max(newest.values(), key=lambda one: (one.history.clock, one.history.ticks))
+        bound = {newest[label] for label in self._emas if label in newest}
+        longest = max(bound, key=lambda one: (one.history.clock, one.history.ticks))
         wanted = [longest.history.under(PowerLaw(width)) for width in _WIDTHS]
         products = gram([*(one.history for one in left), *wanted])
-        with_wanted, squares = products[: len(left), len(left) :], products.diagonal()[len(left) :]
-        stored = products[: len(left), : len(left)]
-
-        def harm(number: int) -> float:
-            """Return the sum of the squares of the predicted errors without one of the files."""
-            rest = [i for i in range(len(left)) if i != number]
-            rows, exact = stored[rest][:, rest], [0.0] * len(rest)
-            fits = (
-                fit(rows, column[rest], square.item(), exact)
-                for column, square in zip(with_wanted.T, squares, strict=True)
-            )
-            return sum(found.error**2 for found in fits)
-
         while excess := self._excess(left):
-            spare = [i for i, one in enumerate(left) if newest[one.label] is not one]
+            spare = [i for i, one in enumerate(left) if one not in bound]
             if not spare:
                 raise ValueError(
                     f"the newest snapshots alone are beyond the budget: {excess}. Give more, or "
                     "pass averages_only=True, which leaves out what merely follows the model"
                 )
-            number = min(spare, key=harm)
+            missed = harm(products, len(left))
+            number = min(spare, key=lambda i: missed[i])
             left[number].path.unlink(missing_ok=True)
             self._kept.remove(left.pop(number))
-            others = [i for i in range(len(stored)) if i != number]
-            stored, with_wanted = stored[others][:, others], with_wanted[others]
+            rest = [i for i in range(len(products)) if i != number]
+            products = products[rest][:, rest]
 
     def _excess(self, kept: Sequence[_Kept]) -> str:
         """Return in words by what some files are beyond the budget; empty if they are not."""
@@ -296,104 +319,76 @@ class _Kept:
 
 
 def _listed(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+    """Return the snapshots in a folder, by their clocks."""
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (int(path.name.partition("-")[0]), path.name))
 
 
-def _found(folder: Path, emas: Mapping[str, EMA]) -> list[_Kept]:
-    """Return what a run finds that goes on; what it will make anew is set aside."""
+def _found(folder: Path) -> list[_Kept]:
+    """Return what is in a folder, as far as it is snapshots."""
     found = []
     for path in _listed(folder):
         with suppress(FileNotFoundError):  # set aside by another process
-            history = History.from_dict(files.read_facts(path)["history"])
+            try:
+                history = History.from_dict(files.read_facts(path)["history"])
+            except (KeyError, ValueError) as error:
+                raise ValueError(
+                    f"{str(path)!r} has the name of a snapshot, and is none ({error}): remove it "
+                    "from the folder"
+                ) from error
             label = path.stem.partition("-")[2]
             found.append(_Kept(path, label, history, path.stat().st_size))
-    if not found:
-        return []
-    own = next(iter(emas.values())).history
-    others = [one for one in found if own is None or one.history.run != own.run]
-    if own is None or others:
+    return found
+
+
+def _of_this_run(kept: list[_Kept], now: History | None, folder: Path) -> list[_Kept]:
+    """Return which snapshots are of a run that is where it is now; others are set aside."""
+    if not kept:
+        return kept
+    others = [one for one in kept if now is None or one.history.run != now.run]
+    if now is None or others:
         raise ValueError(
             f"{str(folder)!r} holds {len(others)} snapshots of another run, with which nothing "
             f"can be made of those of this one:{listed([one.path.name for one in others])}\npass "
             "another folder; or if this run goes on with that one, load the states of its EMAs "
             "first: ema.load_state_dict(state)"
         )
-    abandoned = [one for one in found if one.history.clock > own.clock]
-    for one in abandoned:
-        with suppress(FileNotFoundError):
-            one.path.rename(one.path.with_name(one.path.name + ".abandoned"))
-    if abandoned:
+    away = [one for one in kept if one.history.clock > now.clock or one.history.diverges(now)]
+    moved = [_set_aside(one.path) for one in away]
+    if moved:
         warnings.warn(
-            f"the run goes on from the clock {own.clock}, and {len(abandoned)} snapshots are of a "
-            "later one: of steps that are made anew, perhaps otherwise. They were renamed:"
-            f"{listed([one.path.name + '.abandoned' for one in abandoned])}\nremove them, unless "
-            "that run is to go on instead",
-            stacklevel=3,
+            f"the run goes on from an earlier state, at the clock {now.clock} now, and "
+            f"{len(moved)} snapshots are of steps that it makes anew, perhaps otherwise. They were "
+            f"renamed:{listed(moved)}\nremove them, unless that run is to go on instead",
+            stacklevel=4,
         )
-    return [one for one in found if one.history.clock <= own.clock]
+    return [one for one in kept if one not in away]
 
 
-# ---------------------------------------------------------------------------------- off the loop
+def _set_aside(path: Path) -> str:
+    """Give a file another name, one that nothing has; return it."""
+    for number in itertools.count(1):
+        name = f"{path.name}.abandoned" + (f"-{number}" if number > 1 else "")
+        if not path.with_name(name).exists():
+            with suppress(FileNotFoundError):  # by another process
+                path.rename(path.with_name(name))
+            return name
+    raise AssertionError("there is always another number")
 
 
-class _Writer:
-    """A thread that writes, and buffers in host memory that it writes from."""
+def _refuse_others(paths: Iterable[Path], kept: Sequence[_Kept]) -> None:
+    """Refuse to write over what this run has not written."""
+    own = {one.path for one in kept}
+    foreign = [path.name for path in paths if path.exists() and path not in own]
+    if foreign:
+        raise FileExistsError(
+            f"there are files that this run has not written:{listed(foreign)}\nanother run writes "
+            "to this folder: give each run a folder of its own"
+        )
 
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="polyak-snapshots")
-        self._job: Future[None] | None = None
-        self._buffers: dict[tuple[str, str], Tensor] = {}
-        self._events: list[Any] = []
 
-    def copied(
-        self, label: str, tensors: Mapping[str, files.Lazy], facts: dict[str, Any]
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return copies, which stay as they are until the next call with this label."""
-        copies, devices = {}, set()
-        with engine.unrecorded():
-            for name, lazy in tensors.items():
-                source = lazy.read()
-                copies[name] = self._buffer((label, name), source)
-                copies[name].copy_(source, non_blocking=source.is_cuda)
-                devices |= {source.device} if source.is_cuda else set()
-        for device in devices:
-            self._events.append(torch.cuda.Event())  # type: ignore[no-untyped-call]
-            self._events[-1].record(torch.cuda.current_stream(device))
-        return copies, facts
-
-    def begin(self, write: Callable[[], None]) -> None:
-        """Write when all copies are complete."""
-        events, self._events = self._events, []
-
-        def run() -> None:
-            for event in events:
-                event.synchronize()
-            write()
-
-        self._job = self._pool.submit(run)
-
-    def check(self) -> None:
-        """Raise what the last write has failed with, if it is done."""
-        if self._job is not None and self._job.done():
-            self.wait()
-
-    def wait(self) -> None:
-        """Wait for the last write, and raise what it has failed with, once."""
-        if self._job is not None:
-            try:
-                self._job.result()
-            finally:
-                if self._job.done():  # not where waiting was interrupted
-                    self._job = None
-
-    def _buffer(self, key: tuple[str, str], like: Tensor) -> Tensor:
-        buffer = self._buffers.get(key)
-        if buffer is None or (buffer.shape, buffer.dtype) != (like.shape, like.dtype):
-            with torch.inference_mode(False):
-                pinned = like.is_cuda
-                buffer = torch.empty(like.shape, dtype=like.dtype, pin_memory=pinned)
-            self._buffers[key] = buffer
-        return buffer
+def _newest_clock(kept: Sequence[_Kept]) -> int:
+    return max((one.history.clock for one in kept), default=0)
 
 
 # ------------------------------------------------------------------------------ what is asked for
@@ -425,6 +420,19 @@ def _together(emas: Mapping[str, EMA]) -> dict[str, History]:
         raise ValueError(
             "the averages are of different models or runs, and nothing can be made of snapshots of "
             "both: pass EMAs of one model, and after an interruption the states of all of them"
+        )
+    opaque = [name for history in begun.values() for name in history.opaque]
+    if opaque:
+        raise ValueError(
+            f"the averages were made with {', '.join(opaque)} for a while, an object of another "
+            "program: nothing can be made of their snapshots. Begin anew with a decay of "
+            "polyak.decay"
+        )
+    first, *others = begun.values()
+    if any(first.diverges(other) for other in others):
+        raise ValueError(
+            "the averages have gone on from states of different moments, and nothing can be made "
+            "of snapshots of both: load the states of all of them before the next step, or of none"
         )
     return begun
 
@@ -462,7 +470,7 @@ def _label(decay: object) -> str:
     'debiased-constant-0.9'
     """
     values = re.sub(r"\w+=", "", repr(decay))
-    return re.sub(r"[^a-z0-9.]+", "-", values.lower()).strip("-")
+    return re.sub(r"[^a-z0-9.+]+", "-", values.lower()).strip("-")
 
 
 def _check_schedule(every: int | Geometric) -> None:
@@ -488,7 +496,10 @@ def _check_budget(averages: int, most_files: int | None, most_bytes: int | None)
             )
 
 
-def _warn_of_narrow(dtype: torch.dtype) -> None:
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype is None:
+        raise TypeError("dtype=None is none: pass torch.float32, the default, or a narrower one")
+    refuse_unwritable(dtype)
     unit = torch.finfo(dtype).eps / 2
     if dtype.itemsize < torch.float32.itemsize:
         warnings.warn(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from polyak.profile import History, gram
 
-__all__ = ["LIMIT", "NOISE", "Fit", "fit", "fits", "refuse_limit"]
+__all__ = ["LIMIT", "NOISE", "Fit", "fit", "fits", "harm", "refuse_limit"]
 
 LIMIT = 0.2
 """The largest predicted error, by default."""
@@ -112,6 +112,31 @@ def fit(
     for number, coefficient in zip(exact, other.coefficients, strict=True):
         coefficients[number] = coefficient
     return replace(other, coefficients=coefficients)
+
+
+def harm(products: Tensor, count: int) -> list[float]:
+    """Return what the averages that are wanted would miss, without each of those that are stored.
+
+    The squared error of a fit with sum c = 1 rises by c_i^2 / M_ii if the i-th is left out, where M
+    is the inverse of the products, less its part along the constraint. Of all that are wanted the
+    sum is returned, in units of their squared lengths.
+
+    Args:
+        products: of all profiles, those that are stored first.
+        count: how many are stored.
+    """
+    stored, with_wanted = products[:count, :count], products[:count, count:]
+    squares, lengths = products.diagonal()[count:], stored.diagonal().sqrt()
+    scaled = stored / torch.outer(lengths, lengths)
+    # What is the same twice can be spared once: the inverse of nearly nothing stays a number.
+    inverse = torch.linalg.inv(scaled + _RANK * torch.eye(count, dtype=scaled.dtype))
+    along = inverse @ (1 / lengths)
+    total = along @ (1 / lengths)
+    free = inverse @ (with_wanted / lengths[:, None])
+    row = free + torch.outer(along, (1 - (1 / lengths) @ free) / total)
+    part = (inverse - torch.outer(along, along) / total).diagonal()
+    found: list[float] = ((row.square() / squares).sum(1) / part).tolist()
+    return found
 
 
 def refuse_limit(limit: float) -> None:

@@ -148,7 +148,9 @@ def _missing(curve: Curve, low: float, high: float, count: int) -> list[float]:
 
 def _finer(curve: Curve, low: float, high: float) -> float | None:
     """Return the horizon to evaluate next, or None where the best is known well enough."""
-    points = [point for point in curve.points if low <= point.horizon <= high]
+    # Of what was known already, a point beside an end stands for it.
+    near = math.exp(_NEAR)
+    points = [point for point in curve.points if low / near <= point.horizon <= high * near]
     best = best_of(points)
     place = points.index(best)
     around = points[max(place - 1, 0) : place + 2]

@@ -193,6 +193,14 @@ def _sources(
             f"{files[0].name}):{listed(outline.differences)}\npass files of one model; of a "
             "checkpoint with more in it, Snapshot(path, clock, place='model')"
         )
+    kept = max(file.nonfinite for file in files)
+    if kept:
+        warnings.warn(
+            f"up to {kept} times an element of the stored averages has kept its value, since the "
+            "weight was not finite: it has not seen what the others have, and the predicted error "
+            "does not hold for it",
+            stacklevel=3,
+        )
     newest = max(i for i, file in enumerate(files) if not sheets or file.averaged is not None)
     reestimated = {n for file in files for n in (file.facts or {}).get("reestimated", ())}
     if reestimated & set(outline.mixed):
@@ -236,7 +244,7 @@ def _facts(
         "pending": 0,
         "updates": solution.history.ticks + 1,
         "repeats": 0,
-        "nonfinite": 0,
+        "nonfinite": max(file.nonfinite for file in files),
         "decay": decay,
         "history": history,
         "moments": asdict(moments(solution.history)),

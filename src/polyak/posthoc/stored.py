@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -53,6 +54,11 @@ class File:
         return float((self.facts or {}).get("predicted_error", 0.0))
 
     @property
+    def nonfinite(self) -> int:
+        """How often one of its elements has kept its average, since a weight was not finite."""
+        return int((self.facts or {}).get("nonfinite", 0))
+
+    @property
     def averaged(self) -> frozenset[str] | None:
         """The names of the averages in it, or None where all of its tensors are alike."""
         names = (self.facts or {}).get("averaged")
@@ -82,7 +88,16 @@ def read(
             f"an average is made of stored ones, not of {files!r}: pass a list of paths, such as "
             "the files of a SnapshotFolder, or sorted(Path('run').glob('*.safetensors'))"
         )
-    told = [_told(file, number, stack) for number, file in enumerate(files)]
+    try:
+        told = [_told(file, number, stack) for number, file in enumerate(files)]
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        raise OSError(
+            error.errno,
+            f"{len(files)} files are more than this process may have open at once: pass fewer, or "
+            f"allow more, with `ulimit -n {2 * len(files) + 100}` in the shell",
+        ) from None
     wrong = [reason for reason in told if isinstance(reason, str)]
     if wrong:
         raise ValueError(
@@ -154,6 +169,11 @@ def _told(file: StrPath | Snapshot | History, number: int, stack: ExitStack) -> 
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     elif isinstance(history, int):
+        if (facts.get("history") or {}).get("segments"):
+            raise ValueError(
+                f"{name} says that it is an average, and {file!r} that it has the weights of one "
+                "clock: pass the path alone, or a Snapshot with another history"
+            )
         history = History(_ANY, history)
     elif not isinstance(history, History):
         raise TypeError(
