@@ -482,3 +482,18 @@ def test_a_run_branches_where_it_is_gone_on_with() -> None:
         assert [clock for clock, _ in first] == [1]
         seen.append(first)
         del emas
+
+
+def test_who_joins_an_average_that_is_there_makes_no_branch() -> None:
+    """The model has not gone back: a second average takes over a state, or one loads its own."""
+    model = models.plain()
+    ema, twin = EMA(model, 0.5), EMA(model, 0.5)
+    for clock in range(1, 5):
+        ema.update(clock)
+    twin.load_state_dict(copy.deepcopy(ema.state_dict()))
+    ema.load_state_dict(copy.deepcopy(ema.state_dict()))
+    for each in (ema, twin):
+        each.update(5)
+    assert ema.history == twin.history
+    assert ema.history is not None
+    assert ema.history.branches == ()

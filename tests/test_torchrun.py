@@ -150,6 +150,7 @@ def whole(checkpoint: Path, path: Path) -> dict[str, Any]:
     state = torch.load(path, weights_only=True)
     found = json.loads(state["ema"]["facts"])
     assert found["history"].pop("run")
+    found["history"].pop("branches", None)
     return state | {"ema": state["ema"] | {"facts": found}}
 
 
@@ -157,6 +158,7 @@ def facts(path: Path) -> dict[str, Any]:
     """Return the facts of a file; two runs differ in their ids."""
     found = read_facts(path)
     assert found["history"].pop("run")
+    found["history"].pop("branches", None)
     return found
 
 

@@ -641,7 +641,8 @@ class EMA:
             self._drop_plan()
             self._broken = None
             self._run += f"/{uuid.uuid4().hex}"  # what it has seen so far is nobody else's
-            self._history, self._moments = History(self._run, clock, inherited=True), Moments()
+            self._history = runs.begin(self._model, self._run, clock, inherited=True)
+            self._moments = Moments()
             self._clock, self._pending, self._updates, self._repeats = clock, 0, 0, 0
             self._nonfinite = self._nonfinite_told = 0
             self._repeats_told = self._dominance_told = False
@@ -840,7 +841,7 @@ class EMA:
                 self._averages[name] = home.tensor.detach().to(dtype)  # itself, if wide enough
             if home.tensor.dtype != dtype:
                 self._apart.add(name)
-        self._history = History(self._run, 0, inherited=True)
+        self._history = runs.begin(self._model, self._run, 0, inherited=True)
 
     def _copied(self, slots: Mapping[str, Slot]) -> dict[str, Tensor]:
         """Return copies of the model's tensors in the dtype of averages."""
