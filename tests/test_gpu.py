@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import models
 from models import bit_identical
 from polyak import EMA, PowerLaw, files
+from polyak.snapshots import SnapshotFolder
 from syncs import no_sync
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU can show it")
@@ -260,6 +261,26 @@ def test_statistics_are_estimated_there() -> None:
     assert before.differences() == []
     with ema.applied():
         assert not torch.equal(model.norm.running_mean, before._seen["norm.running_mean"])
+
+
+@PLACES
+def test_snapshots_are_written_behind_training(place: dict[str, Any], tmp_path: Path) -> None:
+    """What is in the files is what the averages were when they were due; nobody waits for it."""
+    model = wide()
+    optimizer = sgd(model)
+    emas = [EMA(model, PowerLaw(std), **place) for std in (0.05, 0.10)]
+    folder = SnapshotFolder(tmp_path, emas, every=5, background=True)
+    then: dict[int, list[dict[str, Tensor]]] = {}
+    for step in train(model, optimizer, range(1, 41)):
+        for ema in emas:
+            ema.update(step)
+        if step % 5 == 0:
+            then[step] = [on_host(ema.model_state_dict()) for ema in emas]
+        folder.update()
+    for path in folder.files:
+        step, _, label = path.stem.partition("-")
+        saved = then[int(step)][label == "powerlaw-0.1"]
+        assert bit_identical(files.read(path), saved), path.name
 
 
 def test_an_update_is_refused_while_a_graph_is_captured() -> None:

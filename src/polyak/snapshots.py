@@ -133,11 +133,8 @@ class SnapshotFolder:
         _check_schedule(every)
         _check_budget(len(emas), most_files, most_bytes)
         _check_dtype(dtype)
-        self._path, self._most_files, self._most_bytes = (
-            Path(path).absolute(),
-            most_files,
-            most_bytes,
-        )
+        self._path = Path(path).absolute()
+        self._most_files, self._most_bytes = most_files, most_bytes
         self._dtype, self._averages_only = dtype, averages_only
         self._path.mkdir(parents=True, exist_ok=True)
         own = next(iter(self._emas.values())).history
