@@ -824,6 +824,13 @@ def test_applied_survives_an_interrupt_at_any_line() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def unbranched(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state without the branches of its run: the twin goes back where an update was none."""
+    facts = json.loads(state["facts"])
+    facts["history"].pop("branches", None)
+    return {"averages": dict(state["averages"]), "facts": facts}
+
+
 def test_an_update_is_whole_although_interrupted_at_any_line() -> None:
     """All or none, with Ctrl-C at every single line: averages, clock and history agree."""
     model = _bystander()
@@ -845,7 +852,7 @@ def test_an_update_is_whole_although_interrupted_at_any_line() -> None:
         except KeyboardInterrupt:
             reached = True
         wanted = none if json.loads(none["facts"])["clock"] == ema.clock else twin.state_dict()
-        assert bit_identical(ema.state_dict(), wanted), f"line {line}"
+        assert bit_identical(unbranched(ema.state_dict()), unbranched(wanted)), f"line {line}"
     assert line > 20, "the tracer saw nothing"
 
 

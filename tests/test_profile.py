@@ -944,6 +944,6 @@ def test_branches_are_written_down():
     later = ticked(History("a run", origin=20), 5)
     later.branch("c", 18)
     assert history.then(later).branches == ((10, "b"), (18, "c"))
-    for wrong in ([[10]], [[-1, "b"]], [["b", 10]], 7):
+    for wrong in ([[10]], [[-2, "b"]], [["b", 10]], [[10, "a"], [5, "b"]], [[5, "a"]] * 2, 7):
         with pytest.raises(ValueError, match="no tick history"):
             History.from_dict(values | {"branches": wrong})

@@ -7,6 +7,7 @@ For every model, decay and cadence, for every order in which a script may load t
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import itertools
 import json
@@ -16,7 +17,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -497,3 +498,133 @@ def test_who_joins_an_average_that_is_there_makes_no_branch() -> None:
     assert ema.history == twin.history
     assert ema.history is not None
     assert ema.history.branches == ()
+
+
+def gone_on_with(
+    model: nn.Module, states: Sequence[Mapping[str, Any]], every: Sequence[int]
+) -> tuple[list[EMA], Callable[[int], None]]:
+    """Averages of two cadences that have loaded states, and what trains on from there."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    emas = [EMA(model, PowerLaw(std)) for std in (0.05, 0.10)]
+    for ema, k in zip(emas, every, strict=True):
+        ema.attach(optimizer, every=k)
+    for ema, state in zip(emas, states, strict=False):
+        ema.load_state_dict(copy.deepcopy(state))
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            for parameter in model.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+
+    return emas, train
+
+
+def diverge(emas: Sequence[EMA]) -> bool:
+    first, second = (ema.history for ema in emas)
+    assert first is not None
+    assert second is not None
+    return first.diverges(second) or first.run != second.run
+
+
+@pytest.mark.parametrize("every", [(1, 1), (1, 50), (1, 100)])
+def test_averages_of_two_cadences_go_on_together(every: tuple[int, int]) -> None:
+    """Twice within one interval of the slow one, in new processes and after going back in one."""
+    emas, train = gone_on_with(models.plain(), [], every)
+    train(150)
+    for steps in (20, 3, 130):
+        states = [copy.deepcopy(ema.state_dict()) for ema in emas]
+        emas, train = gone_on_with(models.plain(), states, every)
+        train(steps)
+    assert not diverge(emas)
+    states = [copy.deepcopy(ema.state_dict()) for ema in emas]
+    for order in ((0, 1), (1, 0)):
+        train(110)
+        for i in order:
+            emas[i].load_state_dict(copy.deepcopy(states[i]))
+        train(120)
+        assert not diverge(emas)
+    (clock, _), *_ = emas[0].history.branches  # type: ignore[union-attr]
+    assert clock == 150
+
+
+def test_a_checkpoint_before_the_first_update_of_a_slow_average() -> None:
+    """It has nothing to load, and begins later, in the run that the other one goes on with.
+
+    So does one that is new, whether it was built before the load or after it.
+    """
+    emas, train = gone_on_with(models.plain(), [], (1, 100))
+    train(50)
+    states = [copy.deepcopy(ema.state_dict()) for ema in emas]
+    emas, train = gone_on_with(models.plain(), states, (1, 100))
+    train(170)
+    assert not diverge(emas)
+    model = models.plain()
+    ema, before = EMA(model, PowerLaw(0.05)), EMA(model, 0.9)
+    ema.load_state_dict(copy.deepcopy(states[0]))
+    after = EMA(model, 0.9)
+    for clock in range(51, 60):
+        for each in (ema, before, after):
+            each.update(clock)
+    assert not diverge([ema, before])
+    assert not diverge([ema, after])
+
+
+def test_a_later_checkpoint_that_was_tried_first_leaves_no_trace() -> None:
+    """The branch begins at the one that is gone on from."""
+    emas, train = gone_on_with(models.plain(), [], (1, 1))
+    train(100)
+    early = [copy.deepcopy(ema.state_dict()) for ema in emas]
+    train(200)
+    late = [copy.deepcopy(ema.state_dict()) for ema in emas]
+    emas, train = gone_on_with(models.plain(), late, (1, 1))
+    for ema, state in zip(emas, early, strict=True):
+        ema.load_state_dict(copy.deepcopy(state))
+    train(50)
+    assert [[clock for clock, _ in e.history.branches] for e in emas if e.history] == [[100]] * 2
+    assert not diverge(emas)
+
+
+def test_who_holds_a_state_does_not_hide_that_the_model_went_on() -> None:
+    """The best average is kept in another EMA, and gone back to."""
+    (ema, best), train = gone_on_with(models.plain(), [], (1, 10**6))
+    train(100)
+    best = EMA(ema._model, PowerLaw(0.05))
+    best.load_state_dict(copy.deepcopy(ema.state_dict()))
+    train(100)
+    passed = copy.deepcopy(ema.history)
+    ema.load_state_dict(copy.deepcopy(best.state_dict()))
+    train(50)
+    assert ema.history is not None
+    assert passed is not None
+    assert [clock for clock, _ in ema.history.branches] == [100]
+    assert ema.history.diverges(passed)
+
+
+def test_what_begins_again_in_one_process_shares_nothing() -> None:
+    """A loop over seeds with one model; and what is reset after it was resumed, twice."""
+    model = models.plain()
+    seen = []
+    for _ in range(3):
+        ema = EMA(model, 0.5)
+        for clock in range(1, 6):
+            ema.update(clock)
+        seen.append(ema)
+    histories = [ema.history for ema in seen]
+    del ema, seen
+    gc.collect()
+    ema = EMA(model, 0.5)  # where nobody is left who knows
+    for clock in range(1, 6):
+        ema.update(clock)
+    histories.append(ema.history)
+    assert all(a.diverges(b) for a, b in itertools.combinations(histories, 2))
+    state = copy.deepcopy(ema.state_dict())
+    resets = []
+    for _ in range(2):
+        ema = EMA(models.plain(), 0.5)
+        ema.load_state_dict(copy.deepcopy(state))
+        ema.reset()
+        for clock in range(1, 4):
+            ema.update(clock)
+        resets.append(ema.history)
+    assert resets[0].run != resets[1].run

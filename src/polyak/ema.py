@@ -153,7 +153,7 @@ class EMA:
         self._decay: Decay = PowerLaw(0.10) if decay is None else as_decay(decay)
         self._policy = policy or (trainable if into is None else everything)
         self._floor = checks.checked_floor(dtype)
-        self._run = runs.run_of(self._model)
+        self._run = self._first_run = runs.run_of(self._model)
         self._attachments: list[Attachment] = []
         self._aside: Aside | None = None
         self._blocks: list[object] = []  # the open blocks of `applied`
@@ -282,7 +282,8 @@ class EMA:
             self._settle()
         view = self._walk()
         self._forget_statistics()
-        self._run += "/reset"  # what comes shares no states with what was
+        if self._history is not None:  # what comes shares no states with what was
+            self._run += f"/reset{runs.branch_of(self._model)}"
         self._start_over()
         if self._teacher is not None:
             self._start_from_teacher(view)
@@ -585,11 +586,11 @@ class EMA:
             if facts.history is None:
                 self.reset()
             else:
+                # While the history that it has is there, which tells whether the model goes back.
+                runs.resume(self._model, facts.history, facts.clock + facts.pending)
                 self._take(slots, averages)
                 self._drop_plan()
                 self._broken = None
-                # Before the history that it has is let go, which tells whether it has gone on.
-                runs.resume(self._model, facts.history, facts.clock + facts.pending)
                 self._history, self._moments = facts.history, facts.moments
                 self._run = facts.history.run
             self._clock, self._pending = facts.clock, facts.pending
@@ -741,6 +742,8 @@ class EMA:
             self._statistics = {}
             self._averages, self._clock, self._updates, self._pending = averages, clock, 1, 0
             self._dtypes = {name: slot.tensor.dtype for name, slot in view.average.items()}
+            if self._run == self._first_run:  # the model may have been resumed since
+                self._run = runs.run_of(self._model)
             self._history = runs.begin(self._model, self._run, clock)
 
     def _advance(self, history: History, clock: int, skipped: Tensor | None) -> None:

@@ -229,18 +229,21 @@ class History:
         self._branches.append((clock, name))
 
     def diverges(self, other: History) -> bool:
-        """Return whether both tell of the same clocks, but of different branches there.
+        """Return whether both have seen states in one stretch of the clock, of different branches.
 
         Args:
             other: of the same run.
+
+        Raises:
+            ValueError: as for `weights`.
         """
-        low, high = max(self.origin, other.origin), min(self.clock, other.clock)
-
-        def passed(history: History) -> object:
-            before = [name for clock, name in history.branches if clock < low][-1:]
-            return before, [branch for branch in history.branches if low <= branch[0] < high]
-
-        return low <= high and passed(self) != passed(other)
+        forks = sorted({clock for history in (self, other) for clock, _ in history.branches})
+        tracks = [_Track(history, []) for history in (self, other)]
+        for low, high in pairwise([-1, *forks, max(self.clock, other.clock)]):
+            mine, theirs = (track.block(low, high) for track in tracks)
+            if mine.run != theirs.run and mine.has_states and theirs.has_states:
+                return True
+        return False
 
     def state(self, clock: int) -> History:
         """Return the history of nothing but the state that the run had at a clock.
@@ -339,7 +342,11 @@ class History:
         if gap:
             joined.tick(self._decay or Constant(0.0), gap)
         joined._segments += later._with(later._segments)._segments
-        joined._branches = [*self.branches, *(b for b in later._branches if b[0] >= self.clock)]
+        before = [name for clock, name in later._branches if clock < self.clock][-1:]
+        joined._branches = list(self.branches)
+        if before != [name for _, name in self.branches][-1:]:
+            joined._branches += [(self.clock, name) for name in before]
+        joined._branches += [branch for branch in later._branches if branch[0] >= self.clock]
         joined._ticks += later.ticks
         joined._clock += later.clock - later.origin
         joined._live()
@@ -374,10 +381,12 @@ class History:
             if start is not None and type(start) is not str:
                 raise TypeError(f"start is {start!r}")
             history._start = start
-            for clock, name in values.get("branches", ()):
-                if type(name) is not str:
-                    raise TypeError(f"a branch is called {name!r}")
-                history.branch(name, _whole(clock, 0))
+            branches = [(_whole(clock, -1), name) for clock, name in values.get("branches", ())]
+            if any(type(name) is not str for _, name in branches) or branches != sorted(
+                dict(branches).items()
+            ):
+                raise ValueError(f"the branches are {branches}")
+            history._branches = branches
             for segment in values["segments"]:
                 spec = segment["decay"]
                 opaque = isinstance(spec, dict) and spec.get("type") == "opaque"
@@ -636,6 +645,11 @@ class _Block(NamedTuple):
     run: tuple[str, str]  # and the branch of it
     origin: int | None  # the state of the run that it began with, if in this block
     pieces: tuple[_Piece, ...]
+
+    @property
+    def has_states(self) -> bool:
+        """Whether anything was seen."""
+        return self.origin is not None or bool(self.pieces)
 
 
 class _Track:

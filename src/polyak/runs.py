@@ -8,6 +8,7 @@ states at the same clocks. All processes of a group agree on the names.
 from __future__ import annotations
 
 import itertools
+import os
 import uuid
 import weakref
 from dataclasses import dataclass, field
@@ -17,32 +18,7 @@ from torch import nn
 
 from polyak.profile import History
 
-__all__ = ["begin", "resume", "run_of"]
-
-
-@dataclass
-class _Branch:
-    """What follows a checkpoint.
-
-    Attributes:
-        name: that all averages which go on from it get.
-        clock: the latest of theirs; those that are not updated at each step are behind.
-        takers: their histories, and how many ticks these had then.
-    """
-
-    name: str
-    clock: int
-    takers: list[tuple[weakref.ref[History], int]] = field(default_factory=list)
-
-    def alive(self) -> list[tuple[History, int]]:
-        """Return those that are still there."""
-        found = [(reference(), ticks) for reference, ticks in self.takers]
-        return [(history, ticks) for history, ticks in found if history is not None]
-
-    def has_gone_on(self) -> bool:
-        """Whether any of them has been updated since, or all are gone."""
-        alive = self.alive()
-        return not alive or any(history.ticks != ticks for history, ticks in alive)
+__all__ = ["begin", "branch_of", "resume", "run_of"]
 
 
 @dataclass
@@ -51,43 +27,54 @@ class _Run:
 
     Attributes:
         name: of the run.
-        branch: that its averages have gone on in last, if any has.
-        histories: of its averages.
+        branch: in which its averages go on at present; empty where it has none yet.
+        since: the clock of the model where that begins.
+        members: the histories of the averages in it, and how many ticks they came with.
     """
 
     name: str
-    branch: _Branch | None = None
-    histories: list[weakref.ref[History]] = field(default_factory=list)
+    branch: str = ""
+    since: int = -1
+    members: list[tuple[weakref.ref[History], int]] = field(default_factory=list)
 
-    def knows(self, history: History) -> bool:
-        """Whether an average that is there, and has been updated here, stands where it does."""
-        resumed = [] if self.branch is None else self.branch.alive()
-        waiting = [id(taker) for taker, ticks in resumed if taker.ticks == ticks]
-        alive = [one for reference in self.histories if (one := reference()) is not None]
-        return any(
-            one.run == history.run
-            and (one.clock, one.ticks) == (history.clock, history.ticks)
-            and one.branches == history.branches
-            for one in alive
-            if id(one) not in waiting
-        )
+    def join(self, history: History, clock: int, ticks: int) -> None:
+        """Let an average go on with the others, or in a branch of its own.
 
-    def add(self, history: History) -> None:
-        """Note an average."""
-        self.histories = [reference for reference in self.histories if reference() is not None]
-        self.histories.append(weakref.ref(history))
+        Another branch begins where the model goes back, to a clock that others have passed; where a
+        state is loaded of which none is here, since the run may have gone on from it before; and
+        where those that were here are gone, and with them how far they had come.
+
+        Args:
+            history: of the average.
+            clock: of the model, at which it begins, or goes on.
+            ticks: how many it comes with; -1 where it begins.
+        """
+        alive = [(one, count) for ref, count in self.members if (one := ref()) is not None]
+        mates = [(one, count) for one, count in alive if one.run == history.run]
+        went_back = any(one.clock > clock and one.ticks != count for one, count in mates)
+        if went_back or (not mates and (ticks >= 0 or len(alive) < len(self.members))):
+            since = clock if ticks >= 0 else clock - 1  # what it begins with is its own
+            self.branch, self.since, alive = _agreed("branch"), since, []
+        self.members = [(weakref.ref(one), count) for one, count in alive]
+        self.members.append((weakref.ref(history), ticks))
+        if self.branch and [name for _, name in history.branches][-1:] != [self.branch]:
+            history.branch(self.branch, clock if ticks >= 0 else self.since)
 
 
 _runs: weakref.WeakKeyDictionary[nn.Module, _Run] = weakref.WeakKeyDictionary()
-# Their numbers, the same on all processes.
-_models, _resumes = itertools.count(), itertools.count()
+_names: dict[str, itertools.count[int]] = {}  # how many names were asked for, of each kind
 
 
 def run_of(model: nn.Module) -> str:
     """Return the name of the run that averages of a model are of."""
     if model not in _runs:
-        _runs[model] = _Run(_agreed(f"run/{next(_models)}"))
+        _runs[model] = _Run(_agreed("run"))
     return _runs[model].name
+
+
+def branch_of(model: nn.Module) -> str:
+    """Return the name of the branch in which they go on; empty where there is none."""
+    return _runs[model].branch
 
 
 def begin(model: nn.Module, name: str, clock: int, inherited: bool = False) -> History:
@@ -100,17 +87,19 @@ def begin(model: nn.Module, name: str, clock: int, inherited: bool = False) -> H
         inherited: whether that is no state of the model.
     """
     history, run = History(name, clock, inherited), _runs[model]
-    if run.branch is not None:
-        history.branch(run.branch.name, run.branch.clock)
-    run.add(history)
+    if inherited:  # at a clock that need not be the model's
+        run.members.append((weakref.ref(history), -1))
+        if run.branch:
+            history.branch(run.branch, run.since)
+    else:
+        run.join(history, clock, ticks=-1)
     return history
 
 
 def resume(model: nn.Module, history: History, clock: int) -> None:
-    """Note that an average goes on from a state, with others of its model.
+    """Note that an average goes on from a state.
 
-    Where another one stands at that state, nothing has gone back. Else a branch begins, unless the
-    others have begun one, and have not been updated since.
+    The history that it had has to be there still: it tells whether the model goes back.
 
     Args:
         model: that is averaged.
@@ -118,24 +107,19 @@ def resume(model: nn.Module, history: History, clock: int) -> None:
         clock: of the model, when the state was taken.
     """
     run = _runs[model]
-    run.name, known = history.run, run.knows(history)
-    run.add(history)
-    if known:
-        return
-    if run.branch is None or run.branch.has_gone_on():
-        run.branch = _Branch(_agreed(f"branch/{next(_resumes)}"), clock)
-    run.branch.takers.append((weakref.ref(history), history.ticks))
-    run.branch.clock = max(run.branch.clock, clock)
-    for taker, _ in run.branch.alive():
-        taker.branch(run.branch.name, run.branch.clock)
+    run.name = history.run
+    run.join(history, clock, history.ticks)
 
 
-def _agreed(key: str) -> str:
-    """Return a new name, the same on all processes of a group that ask for this key."""
-    name = uuid.uuid4().hex
+def _agreed(kind: str) -> str:
+    """Return a new name, the same on all processes of a group: of the n-th that each asks for."""
+    name, number = uuid.uuid4().hex, next(_names.setdefault(kind, itertools.count()))
     dist = torch.distributed
-    if dist.is_available() and dist.is_initialized() and dist.get_backend() != "fake":
-        # Whoever comes first sets it in the group's store; nobody waits for anybody.
+    group = dist.is_available() and dist.is_initialized() and dist.get_backend() != "fake"
+    if group and dist.get_world_size() > 1:
+        # Whoever comes first sets it in the group's store; nobody waits for anybody. The store may
+        # be older than these processes.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.distributed_c10d._get_default_store()
-        name = store.compare_set(f"polyak/{key}", "", name).decode()
+        name = store.compare_set(f"polyak/{kind}/{attempt}/{number}", "", name).decode()
     return name

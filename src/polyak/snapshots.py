@@ -247,7 +247,9 @@ class SnapshotFolder:
         try:
             self.close()
         finally:  # also where an earlier write has failed
-            if all(ema.history is not None for ema in self._emas.values()):
+            begun = all(ema.history is not None for ema in self._emas.values())
+            # An earlier state that was loaded in the end is to be looked at, not gone on from.
+            if begun and next(iter(self._emas.values())).clock >= self._seen:
                 self.save()
                 self.close()
 

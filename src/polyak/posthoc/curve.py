@@ -117,7 +117,7 @@ class Curve:
             for one, other in pairwise(curve.points):
                 if one.horizon == other.horizon:
                     raise ValueError(f"the horizon {one.horizon} is there twice")
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(
                 f"this is no curve ({type(error).__name__}: {error}): pass what Curve.to_dict "
                 "returned; if a newer version wrote it, upgrade polyak"
