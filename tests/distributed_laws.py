@@ -364,7 +364,13 @@ def the_branch_is_one(layout: Layout, folder: Path) -> None:
     model = net()
     layout(model)
     decays = 0.5, PowerLaw(0.10)
-    states = [averaged(model, (1,), decay).state_dict() for decay in decays]
+    emas = [EMA(model, decay) for decay in decays]
+    move_(model, 1)
+    for ema in emas:
+        ema.update()
+    states = [copy.deepcopy(ema.state_dict()) for ema in emas]
+    for ema in emas:
+        ema.update()
     told: list[Any] = []
     for _ in range(2):
         again = [EMA(model, decay) for decay in decays]
