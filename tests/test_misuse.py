@@ -1083,3 +1083,30 @@ def test_a_uniform_average_is_never_too_long() -> None:
         ema.update()
         with ema.applied():
             pass
+
+
+@pytest.mark.parametrize("how", ["save", "contents"])
+def test_what_is_warned_of_a_file_points_at_the_caller(tmp_path: Path, how: str) -> None:
+    """At the line that asks for it: of no update, of the first weights, of elements."""
+    model = plain()
+    ema = EMA(model, 0.99)
+
+    def ask() -> list[str]:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            if how == "save":
+                ema.save(tmp_path / "a.safetensors")
+            else:
+                ema.contents()
+        assert {each.filename for each in told} == {__file__}
+        return [str(each.message) for each in told]
+
+    (before,) = ask()
+    assert "has made no update" in before
+    for step in range(1, 31):
+        with torch.no_grad():
+            model.head.weight[0, 0] = torch.nan if step == 20 else 1.0
+        ema.update(step)
+    first, elements = ask()
+    assert "the first weights seen" in first
+    assert "not finite" in elements

@@ -323,7 +323,7 @@ def test_the_error_is_small_beside_what_averaging_does(tmp_path, path):
     """On paths that go somewhere: relative to the way from the average to the last weights."""
     states = path()
     paths = stored(tmp_path, snapshots(), states)
-    for std in (0.06, 0.08, 0.12, 0.15, 0.20, 0.25):
+    for std in (0.03, 0.04, 0.06, 0.08, 0.12, 0.15, 0.20, 0.25):
         solution = solve(paths, PowerLaw(std))
         (found,) = reconstruct(paths, [PowerLaw(std)])
         wanted = averaged(solution.history, states)

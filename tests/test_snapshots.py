@@ -40,6 +40,12 @@ def walk(model: nn.Module, emas: Sequence[EMA], clocks: Sequence[int]) -> Iterat
         yield clock
 
 
+def load(emas: Sequence[EMA], states: Sequence[Any]) -> None:
+    """Let averages go on from states, which stay as they are."""
+    for ema, state in zip(emas, copy.deepcopy(states), strict=True):
+        ema.load_state_dict(state)
+
+
 def clocks(paths: Sequence[Path]) -> list[int]:
     return [int(path.name.partition("-")[0]) for path in paths]
 
@@ -435,8 +441,7 @@ def test_a_run_that_goes_on_goes_on_with_its_folder(tmp_path: Path) -> None:
     model = nn.Linear(2, 1)
     emas = averages(model)
     model.load_state_dict(state["model"])
-    for ema, saved in zip(emas, state["emas"], strict=True):
-        ema.load_state_dict(saved)
+    load(emas, state["emas"])
     folder = SnapshotFolder(tmp_path / "a", emas, 10, most_files=8)
     assert clocks(folder.files)[::2] == [10, 20, 30]
     for _ in walk(model, emas, range(31, 61)):
@@ -450,8 +455,7 @@ def test_what_is_made_anew_is_set_aside(tmp_path: Path) -> None:
     state = interrupted(tmp_path / "a", until=47, checkpoint=25)
     model = nn.Linear(2, 1)
     emas = averages(model)
-    for ema, saved in zip(emas, state["emas"], strict=True):
-        ema.load_state_dict(saved)
+    load(emas, state["emas"])
     with pytest.warns(UserWarning, match=r"at the clock 25 now, and 4 snapshots are of steps"):
         folder = SnapshotFolder(tmp_path / "a", emas, 10)
     assert clocks(folder.files)[::2] == [10, 20]
@@ -486,8 +490,7 @@ def test_a_run_that_goes_back_sets_aside_what_it_makes_anew(tmp_path: Path) -> N
             states = copy.deepcopy([ema.state_dict() for ema in emas])
     ways = (26, [30, 40, 50, 60, 70]), (43, [43, 50, 60, 70, 80]), (90, [90])
     for seen_at, expected in ways:
-        for ema, state in zip(emas, copy.deepcopy(states), strict=True):
-            ema.load_state_dict(state)
+        load(emas, states)
         for clock in walk(model, emas, range(26, expected[-1] + 1)):
             if clock == seen_at:
                 with pytest.warns(UserWarning, match="snapshots are of steps that it makes anew"):
@@ -498,20 +501,23 @@ def test_a_run_that_goes_back_sets_aside_what_it_makes_anew(tmp_path: Path) -> N
         assert solve(folder.files, PowerLaw(0.07)).at == expected[-1]
 
 
-def test_an_average_that_begins_anew_needs_another_folder(tmp_path: Path) -> None:
-    """`reset` and `start_from` begin another run, of which the folder has nothing."""
+@pytest.mark.parametrize("anew", ["reset", "start_from"])
+def test_an_average_that_begins_anew_needs_another_folder(tmp_path: Path, anew: str) -> None:
+    """It begins another run, of which the folder has nothing."""
     model = nn.Linear(2, 1)
-    emas = averages(model)
-    folder = SnapshotFolder(tmp_path, emas, 10)
-    for _ in walk(model, emas, range(1, 31)):
+    (ema,) = averages(model, 0.05)
+    folder = SnapshotFolder(tmp_path, [ema], 10)
+    for _ in walk(model, [ema], range(1, 31)):
         folder.update()
-    for ema in emas:
+    if anew == "reset":
         ema.reset()
-    for clock in walk(model, emas, range(1, 31)):
-        if clock in (1, 2):
-            with pytest.raises(ValueError, match="holds 6 snapshots of another run"):
-                folder.update() if clock == 1 else folder.save()
-    assert len(list(tmp_path.iterdir())) == 6
+    else:
+        ema.start_from(model.state_dict(), clock=0)
+    next(walk(model, [ema], [1]))
+    for call in (folder.update, folder.save):
+        with pytest.raises(ValueError, match="holds 3 snapshots of another run"):
+            call()
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_snapshots_of_another_branch_are_set_aside(tmp_path: Path) -> None:
@@ -527,8 +533,7 @@ def test_snapshots_of_another_branch_are_set_aside(tmp_path: Path) -> None:
 
     model = nn.Linear(2, 1)
     emas = averages(model)
-    for ema, state in zip(emas, copy.deepcopy(states[5]), strict=True):
-        ema.load_state_dict(state)
+    load(emas, states[5])
     with pytest.warns(UserWarning, match="12 snapshots are of steps"):
         kept = SnapshotFolder(tmp_path / "a", emas, 10)
     for _ in walk(model, emas, range(6, 41)):
@@ -536,8 +541,7 @@ def test_snapshots_of_another_branch_are_set_aside(tmp_path: Path) -> None:
     assert clocks(kept.files)[::2] == [10, 20, 30, 40]
     model = nn.Linear(2, 1)
     emas = averages(model)
-    for ema, state in zip(emas, copy.deepcopy(states[50]), strict=True):
-        ema.load_state_dict(state)
+    load(emas, states[50])
     with pytest.warns(UserWarning, match="at the clock 50 now, and 8 snapshots are of steps"):
         kept = SnapshotFolder(tmp_path / "a", emas, 10)
     assert kept.files == []

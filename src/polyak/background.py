@@ -34,9 +34,7 @@ class Writer:
         self._process = os.getpid()
         self._job: Future[None] | None = None
 
-    def copied(
-        self, label: str, tensors: Mapping[str, Lazy], facts: dict[str, Any]
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def copied(self, label: str, tensors: Mapping[str, Lazy]) -> dict[str, Tensor]:
         """Return copies, which stay as they are until the next call with this label."""
         copies, devices = {}, set()
         with engine.unrecorded():
@@ -48,7 +46,7 @@ class Writer:
         for device in devices:
             self._events.append(torch.cuda.Event())  # type: ignore[no-untyped-call]
             self._events[-1].record(torch.cuda.current_stream(device))
-        return copies, facts
+        return copies
 
     def begin(self, write: Callable[[], None]) -> None:
         """Write when all copies are complete."""

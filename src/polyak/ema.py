@@ -1105,7 +1105,7 @@ class EMA:
                 stacklevel=3,
             )
         self._warn_of_dominance(stacklevel=4)
-        self._warn_of_nonfinite()
+        self._warn_of_nonfinite(stacklevel=4)
         if left_out and not averages_only:
             warnings.warn(
                 "what is no dense tensor cannot be written to this file, and is left out:"

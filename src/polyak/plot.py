@@ -22,7 +22,7 @@ from torch import Tensor
 from polyak.decay import After, Debiased, Decay, HalfLife, PowerLaw, Spec, as_decay, from_spec
 from polyak.files import StrPath, atomic
 from polyak.posthoc import Average, Snapshot
-from polyak.posthoc.fit import LIMIT, NOISE, Fit
+from polyak.posthoc.fit import LIMIT, NOISE
 from polyak.posthoc.solution import fits_of, histories_among, history_of, solved, stored_by
 from polyak.posthoc.stored import read
 from polyak.profile import History, moments, weights
@@ -39,7 +39,6 @@ _MOST = 50_000_000  # ticks that are drawn: as vectors they take some gigabytes
 _BLOCK = 1 << 18  # ticks at a time, as many as a cache holds
 _POINTS = 500  # bins of equal ticks, and as many of equal shares
 _WIDTHS = 40  # of the errors
-_AT_ONCE = 8  # of these, as each takes a vector of the ticks
 
 
 def profiles(
@@ -53,11 +52,11 @@ def profiles(
 
     >>> decays = {"narrow": PowerLaw(0.05), "wide": PowerLaw(0.10), "plain": 0.998}
     >>> figure = profiles(decays, at=1000)
-    >>> for text in figure.axes[0].get_legend().get_texts():
-    ...     print(text.get_text())
-    narrow: mean age 52.2, width 50
-    wide: mean age 111, width 100
-    plain: mean age 432, width 332, first state 14 %
+    >>> narrow, wide, plain = figure.axes[0].get_legend().get_texts()
+    >>> narrow.get_text(), wide.get_text()
+    ('narrow: mean age 52.2, width 50', 'wide: mean age 111, width 100')
+    >>> plain.get_text()
+    'plain: mean age 432, width 332, first state 14 %'
 
     Args:
         averages: up to eight, by the names that they get in the legend: decays, or histories such
@@ -116,9 +115,8 @@ def approximation(
     ...     history.tick(PowerLaw(0.10), 1)
     >>> stored = [history.until(step) for step in range(125, 1001, 125)]
     >>> figure = approximation(stored, PowerLaw(0.15))
-    >>> print(figure.get_suptitle())
-    PowerLaw(std=0.15) at the clock 1,000
-    from 8 files: predicted error 14 %
+    >>> figure.get_suptitle().splitlines()
+    ['PowerLaw(std=0.15) at the clock 1,000', 'from 8 files: predicted error 14 %']
 
     Args:
         files: as for `solve`. Nothing is refused: what is wrong with a bad one can be seen.
@@ -200,10 +198,7 @@ def errors(files: Sequence[StrPath | Snapshot | History], at: int | None = None)
         taken = [known[i] for i in stored_by(known, history.clock)]
     stored = _stored_widths([file.history for file in taken])
     widths = _grid(stored, history.clock)
-    fits: list[Fit] = []
-    for first in range(0, len(widths), _AT_ONCE):
-        some = widths[first : first + _AT_ONCE]
-        fits += fits_of(taken, [history.under(PowerLaw(std)) for std in some])
+    fits = fits_of(taken, [history.under(PowerLaw(std)) for std in widths])
     spans = _spans(widths, [fit.within(LIMIT) for fit in fits])
 
     panels = (
@@ -245,9 +240,8 @@ def scores(curve: Curve, references: Mapping[str, float] | None = None) -> Figur
     >>> tried = [(0.05, 3.0), (0.10, 2.5), (0.20, 2.8)]
     >>> points = [Point(std, PowerLaw(std), score, 0.02) for std, score in tried]
     >>> figure = scores(Curve(1000, (0.03, 0.25), tuple(points)), {"raw weights": 3.2})
-    >>> print(figure.get_suptitle())
-    Best of 3 at the clock 1,000: PowerLaw(std=0.1)
-    score 2.5, predicted error 2 %
+    >>> figure.get_suptitle().splitlines()
+    ['Best of 3 at the clock 1,000: PowerLaw(std=0.1)', 'score 2.5, predicted error 2 %']
 
     Args:
         curve: from `search`.

@@ -556,8 +556,8 @@ def inner(a: History, b: History) -> float:
     """Return the inner product of two profiles: the sum of p_a p_b over the states both have seen.
 
     States are shared if their run and clock are the same, and their branch, where the run has been
-    gone on with from a checkpoint. An inherited start is a state of its
-    own, shared by the histories of that one average only, so that `inner(a, a)` is the sum of p^2.
+    gone on with from a checkpoint. An inherited start is a state of its own, shared by the
+    histories of that one average only, so that `inner(a, a)` is the sum of p^2.
 
     >>> a, b = History("a run"), History("a run")
     >>> for _ in range(2):

@@ -208,16 +208,14 @@ class SnapshotFolder:
             if writes:
                 self._thin()
             return
-        contents = {
-            label: self._writer.copied(
-                label, *ema.contents(dtype=self._dtype, averages_only=self._averages_only)
-            )
-            for label, ema in self._emas.items()
-        }
+        copies = {}
+        for label, ema in self._emas.items():
+            tensors, facts = ema.contents(dtype=self._dtype, averages_only=self._averages_only)
+            copies[label] = self._writer.copied(label, tensors), facts
 
         def write() -> None:
-            for label, (tensors, facts) in contents.items():
-                files.write(paths[label], tensors, facts)
+            for label, contents in copies.items():
+                files.write(paths[label], *contents)
                 self._keep(paths[label], label, histories[label])
             self._thin()
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from polyak.checkpoint import Checkpoint, Stored
 
 __all__ = [
+    "DryRun",
     "Dtype",
     "Force",
     "Json",
@@ -33,6 +34,9 @@ __all__ = [
 Dtype = Literal["float64", "float32", "float16", "bfloat16"]
 Place = Annotated[
     str, typer.Option(metavar="PLACE", help="Where in a file to look, such as trainer.ema.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Tell what would be done, and write nothing.")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace the file OUT if it is there.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from polyak.cli.asked import (
+    DryRun,
     Dtype,
     Force,
     Json,
@@ -90,9 +91,7 @@ def average(
         str | None,
         typer.Option(metavar="SIZE", help="OUT is a folder, of files up to this size, as in 5GB."),
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Tell what would be done, and write nothing.")
-    ] = False,
+    dry_run: DryRun = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:

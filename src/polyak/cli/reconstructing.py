@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from polyak.cli.asked import Dtype, Force, Json, Out, check_out, refuse_other_formats, size
+from polyak.cli.asked import DryRun, Dtype, Force, Json, Out, check_out, refuse_other_formats, size
 from polyak.cli.averages import (
     Decays,
     HalfLives,
@@ -70,9 +70,7 @@ def reconstruct(
         str | None,
         typer.Option(metavar="SIZE", help="Folders, of files up to this size, as in 5GB."),
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Tell what would be done, and write nothing.")
-    ] = False,
+    dry_run: DryRun = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
